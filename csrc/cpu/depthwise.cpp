@@ -1,0 +1,69 @@
+#include "cpu/depthwise.h"
+
+#define CVFAST_KERNEL_SOURCE "cpu/depthwise_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace cvfast {
+namespace {
+
+// Threads pay when each has at least this many nanoseconds of work: waking one costs about 3 us.
+constexpr double kNanosecondsPerThread = 4000;
+constexpr double kFlopsPerNanosecond = 60;
+constexpr double kBytesPerNanosecond = 40;
+
+int useful_threads(const DepthwiseShape& s, int64_t element_size, int threads) {
+    const double outputs =
+        double(s.batch) * double(s.out_height * s.out_width) * double(s.channels * s.multiplier);
+    const double inputs = double(s.batch) * double(s.height * s.width) * double(s.channels);
+    const double compute = 2 * outputs * double(s.kernel_h * s.kernel_w) / kFlopsPerNanosecond;
+    const double traffic = (outputs + inputs) * double(element_size) / kBytesPerNanosecond;
+    const double worth = (compute + traffic) / kNanosecondsPerThread;
+    return worth >= threads ? threads : std::max(1, static_cast<int>(worth));
+}
+
+// A block of channels of one image stays in L1 while a strip of columns is walked down its rows.
+constexpr int64_t kBlockChannels = 128;
+
+}  // namespace
+
+template <class T>
+void depthwise(const DepthwiseShape& s, const T* x, const float* packed, T* out,
+               const Parallel& parallel) {
+    using Kernel =
+        void (*)(const DepthwiseShape&, const T*, const float*, T*, const DepthwiseRange&);
+    static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(depthwise_rows<T>);
+    const Kernel kernel = kernels[static_cast<int>(current_isa())];
+
+    // Work is counted in output rows of a channel block: fine enough to balance any layer over any
+    // number of threads. Blocks are cut at panel boundaries, as equal as those allow.
+    const int64_t panels = (s.channels + kDepthwisePanel - 1) / kDepthwisePanel;
+    const int64_t blocks = (s.channels + kBlockChannels - 1) / kBlockChannels;
+    const int64_t planes = s.batch * s.multiplier * blocks;
+    const int threads = useful_threads(s, sizeof(T), parallel.threads);
+    parallel(planes * s.out_height, threads, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+            const int64_t plane = begin / s.out_height;
+            const int64_t row = begin % s.out_height;
+            const int64_t rows = std::min(end - begin, s.out_height - row);
+            const int64_t block = plane % blocks;
+            const int64_t j = plane / blocks % s.multiplier;
+            const int64_t image = plane / blocks / s.multiplier;
+            const DepthwiseRange range{
+                image,
+                j,
+                block * panels / blocks * kDepthwisePanel,
+                std::min(s.channels, (block + 1) * panels / blocks * kDepthwisePanel),
+                row,
+                row + rows};
+            kernel(s, x, packed, out, range);
+            begin += rows;
+        }
+    });
+}
+
+template void depthwise(const DepthwiseShape&, const float*, const float*, float*, const Parallel&);
+template void depthwise(const DepthwiseShape&, const BFloat16*, const float*, BFloat16*,
+                        const Parallel&);
+template void depthwise(const DepthwiseShape&, const Half*, const float*, Half*, const Parallel&);
+
+}  // namespace cvfast

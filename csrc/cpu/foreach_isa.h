@@ -1,0 +1,70 @@
+// Compiles CVFAST_KERNEL_SOURCE once per instruction-set level, each in its own namespace
+// (cvfast::portable, cvfast::avx2, cvfast::avx512).
+//
+// Code compiled for a high level must not leak into the baseline: an inline function of the
+// standard library instantiated under a target pragma could be the copy that the linker keeps. So
+// every standard header is included here, before the first pragma, and kernels include none.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/types.h"
+#include "cpu/isa.h"
+
+#if defined(__clang__)
+#define CVFAST_PRAGMA(text) _Pragma(#text)
+#define CVFAST_TARGET_BEGIN(features) \
+    CVFAST_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define CVFAST_TARGET_END _Pragma("clang attribute pop")
+#define CVFAST_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define CVFAST_PRAGMA(text) _Pragma(#text)
+#define CVFAST_TARGET_BEGIN(features) \
+    _Pragma("GCC push_options") CVFAST_PRAGMA(GCC target(features))
+#define CVFAST_TARGET_END _Pragma("GCC pop_options")
+#define CVFAST_UNROLL _Pragma("GCC unroll 64")
+#endif
+#if defined(__x86_64__)
+#define CVFAST_VECTOR_REGISTER "v"
+#else
+#define CVFAST_VECTOR_REGISTER "w"
+#endif
+#define CVFAST_INLINE inline __attribute__((always_inline))
+
+#define CVFAST_ISA_NAMESPACE portable
+#include "cpu/simd_portable.h"
+#include "cpu/activation.h"
+#include CVFAST_KERNEL_SOURCE
+#undef CVFAST_ISA_NAMESPACE
+
+#if defined(__x86_64__)
+
+CVFAST_TARGET_BEGIN("avx2,fma,f16c")
+#define CVFAST_ISA_NAMESPACE avx2
+#include "cpu/simd_avx2.h"
+#include "cpu/activation.h"
+#include CVFAST_KERNEL_SOURCE
+#undef CVFAST_ISA_NAMESPACE
+CVFAST_TARGET_END
+
+CVFAST_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#define CVFAST_ISA_NAMESPACE avx512
+#include "cpu/simd_avx512.h"
+#include "cpu/activation.h"
+#include CVFAST_KERNEL_SOURCE
+#undef CVFAST_ISA_NAMESPACE
+CVFAST_TARGET_END
+
+// One entry per level, in the order of Isa.
+#define CVFAST_ISA_TABLE(function) {portable::function, avx2::function, avx512::function}
+
+#else
+
+#define CVFAST_ISA_TABLE(function) {portable::function, portable::function, portable::function}
+
+#endif

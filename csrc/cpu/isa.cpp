@@ -1,0 +1,64 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace cvfast {
+namespace {
+
+#if defined(__x86_64__)
+
+constexpr bool has(uint32_t word, int bit) { return (word >> bit) & 1u; }
+
+// XCR0: the register files that the operating system saves on a context switch.
+uint64_t saved_state() {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t{high} << 32) | low;
+}
+
+Isa detect() {
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::portable;
+    const bool fma = has(c, 12), osxsave = has(c, 27), avx = has(c, 28), f16c = has(c, 29);
+    if (!osxsave) return Isa::portable;
+    const uint64_t state = saved_state();
+    constexpr uint64_t kYmm = 0x06, kZmm = 0xe6;  // XMM+YMM; and opmask, upper ZMM, ZMM16-31
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::portable;
+    const bool avx2 = has(b, 5);
+    if (!(avx && fma && f16c && avx2 && (state & kYmm) == kYmm)) return Isa::portable;
+    const bool avx512 = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);  // F, DQ, BW, VL
+    return avx512 && (state & kZmm) == kZmm ? Isa::avx512 : Isa::avx2;
+}
+
+#else
+
+Isa detect() { return Isa::portable; }
+
+#endif
+
+std::atomic<Isa>& active() {
+    static std::atomic<Isa> level{best_isa()};
+    return level;
+}
+
+}  // namespace
+
+Isa best_isa() {
+    static const Isa best = detect();
+    return best;
+}
+
+Isa current_isa() { return active().load(std::memory_order_relaxed); }
+
+bool select_isa(Isa level) {
+    if (level > best_isa()) return false;
+    active().store(level, std::memory_order_relaxed);
+    return true;
+}
+
+}  // namespace cvfast

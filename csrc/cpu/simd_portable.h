@@ -1,0 +1,56 @@
+// Four float lanes in the compiler's vector extension: runs on every target (SSE2, NEON, ...).
+// Included once, by foreach_isa.h.
+
+namespace cvfast::CVFAST_ISA_NAMESPACE {
+
+inline constexpr int kLanes = 4;
+inline constexpr int kVectors = 16;  // architectural vector registers
+typedef float Vec __attribute__((vector_size(16)));
+
+CVFAST_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
+
+CVFAST_INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T>
+CVFAST_INLINE Vec load(const T* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+
+template <class T>
+CVFAST_INLINE Vec load_n(const T* p, int n) {
+    Vec v{};
+    for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+    return v;
+}
+
+CVFAST_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+CVFAST_INLINE void store(T* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(v[i]);
+}
+
+template <class T>
+CVFAST_INLINE void store_n(T* p, Vec v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+}
+
+CVFAST_INLINE Vec add(Vec a, Vec b) { return a + b; }
+CVFAST_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+// A NaN in x is kept: comparisons with NaN are false.
+CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) {
+    const Vec b = set1(bound);
+    return x < b ? b : x;
+}
+CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) {
+    const Vec b = set1(bound);
+    return x > b ? b : x;
+}
+
+}  // namespace cvfast::CVFAST_ISA_NAMESPACE

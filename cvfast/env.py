@@ -1,0 +1,69 @@
+"""Every environment variable that cvfast reads at run time, in one table.
+
+Build-time variables are documented in `setup.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """An environment variable: read anew at each `get()`, so that tests may change it.
+
+    Raises:
+        ValueError: from `get()`, if the text does not parse; the message names the variable.
+    """
+
+    name: str
+    default: T
+    parse: Callable[[str], T]
+    doc: str
+
+    def get(self) -> T:
+        text = os.environ.get(self.name)
+        if text is None or text == "":
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise ValueError(f"environment variable {self.name}={text!r}: {error}") from None
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("expected 0 or 1")
+    return text == "1"
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+CPU_ISA: Variable[str | None] = Variable(
+    "CVFAST_CPU_ISA",
+    None,
+    _one_of("portable", "avx2", "avx512"),
+    "Instruction-set level of the CPU kernels: portable, avx2 or avx512. Default: the highest "
+    "that the machine has.",
+)
+
+DISABLE_EXTENSION: Variable[bool] = Variable(
+    "CVFAST_DISABLE_EXTENSION",
+    False,
+    _flag,
+    "1: load no compiled extension, and run on the reference implementations.",
+)
+
+VARIABLES: tuple[Variable[str | None] | Variable[bool], ...] = (CPU_ISA, DISABLE_EXTENSION)

@@ -1,0 +1,623 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cvfast import backends, tolerance
+from cvfast.ops import fold_batch_norm
+from cvfast.ops.depthwise import (
+    ACTIVATIONS,
+    bytes_moved,
+    depthwise,
+    output_size,
+    prepack,
+    reference,
+)
+from cvfast.testing import (
+    assert_close_to_float64,
+    guarded,
+    image,
+    isa,
+    isa_levels,
+    poisoned_memory,
+    threads,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("cpu_extension"),
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
+]
+
+LEVELS = isa_levels()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 1
+    channels: int = 32
+    size: tuple[int, int] = (14, 14)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    multiplier: int = 1
+    activation: str = "none"
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    kind: str = "normal"
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = image((self.batch, self.channels, *self.size), self.dtype, kind=self.kind)
+        out = self.channels * self.multiplier
+        weight = image((out, 1, *self.kernel), self.dtype, seed=1).contiguous()
+        bias = image((1, out, 1, 1), self.dtype, seed=2).reshape(out) if self.bias else None
+        return x, weight, bias
+
+    @property
+    def geometry(self) -> dict[str, tuple[int, int]]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+
+    def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # 16 bits not through oneDNN: as of torch 2.13 its bfloat16 depthwise convolution returns
+        # garbage at some small images, e.g. x [3, 6, 15, 3], a 3x5 kernel, multiplier 3.
+        with torch.backends.mkldnn.flags(enabled=x.dtype.itemsize > 2):
+            return reference(
+                x, weight, bias, self.stride, self.padding, self.dilation, self.activation
+            )
+
+    def kernel_result(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return depthwise(
+            x, weight, bias, **self.geometry, activation=self.activation, backend="cpu"
+        )
+
+    @property
+    def valid(self) -> bool:
+        return (
+            min(output_size(self.size, self.kernel, self.stride, self.padding, self.dilation)) > 0
+        )
+
+    def __str__(self) -> str:
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(Case, k)]
+        return " ".join(changed).replace("torch.", "") or "default"
+
+
+def check(case: Case) -> None:
+    x, weight, bias = case.tensors()
+    with poisoned_memory():
+        y = case.kernel_result(x, weight, bias)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close_to_float64(y, case.reference, x, weight, bias)
+
+
+SHAPES = [
+    Case(),
+    # Every specialised kernel; sizes with interior tiles, edge tiles and a remainder.
+    *(
+        Case(kernel=(k, k), stride=(s, s), padding=(k // 2, k // 2), size=(17, 31), channels=48)
+        for k, s in itertools.product((3, 5, 7), (1, 2))
+    ),
+    # The general kernel.
+    Case(dilation=(2, 2), padding=(2, 2)),
+    Case(dilation=(2, 1)),
+    Case(stride=(1, 2), kernel=(5, 3), padding=(2, 1)),
+    Case(stride=(3, 3), size=(20, 23)),
+    Case(kernel=(1, 7), padding=(0, 3)),
+    Case(kernel=(7, 1), padding=(3, 0)),
+    Case(kernel=(2, 4), padding=(1, 2)),
+    Case(kernel=(1, 1), padding=(0, 0)),
+    Case(kernel=(9, 9), padding=(4, 4), dilation=(2, 2), size=(19, 19)),
+    # Padding: none, uneven axes, wider than the kernel (rows and columns of bias alone).
+    Case(padding=(0, 0)),
+    Case(padding=(0, 2)),
+    Case(padding=(4, 5), size=(3, 2)),
+    Case(padding=(4, 4), stride=(2, 2), size=(1, 1)),
+    # Channels around every vector width, and several channel blocks.
+    *(Case(channels=c) for c in (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 47, 65, 129, 300)),
+    # Images: one pixel, one row, one column, non-square, none.
+    Case(size=(1, 1)),
+    Case(size=(1, 40)),
+    Case(size=(40, 1)),
+    Case(size=(5, 64), batch=3),
+    Case(batch=0),
+    Case(batch=4, size=(7, 7), channels=96),
+    # Depth multiplier.
+    Case(multiplier=2),
+    Case(multiplier=3, channels=19, stride=(2, 2)),
+    Case(multiplier=2, channels=1, kernel=(5, 5), padding=(2, 2)),
+    *(Case(activation=activation) for activation in ACTIVATIONS),
+    Case(bias=False),
+    Case(kind="offset"),
+]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_matches_float64(case: Case, dtype: torch.dtype, level: str) -> None:
+    with isa(level):
+        check(replace(case, dtype=dtype))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    level=st.sampled_from(LEVELS or ("none",)),
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 3),
+        channels=st.integers(1, 70),
+        size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+        kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+        stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        padding=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+        dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        multiplier=st.integers(1, 3),
+        activation=st.sampled_from(ACTIVATIONS),
+        bias=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+    ).filter(lambda case: case.valid),
+)
+def test_matches_float64_at_random_shapes(level: str, case: Case) -> None:
+    with isa(level):
+        check(case)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_go_where_pytorch_puts_them(
+    activation: str, dtype: torch.dtype, level: str
+) -> None:
+    case = Case(channels=37, kind="nonfinite", activation=activation, dtype=dtype)
+    x, weight, bias = case.tensors()
+    with isa(level):
+        y = case.kernel_result(x, weight, bias)
+    expected = case.reference(x.double(), weight.double(), bias.double()).to(dtype)  # type: ignore[union-attr]
+    assert expected.isnan().any()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf())
+    assert torch.equal(y.isneginf(), expected.isneginf())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_survives_a_copy(dtype: torch.dtype, level: str) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).reshape(64, 1024, 1, 1)
+    with isa(level):
+        y = depthwise(x, torch.ones(1024, 1, 1, 1, dtype=dtype), backend="cpu")
+    nan = x.isnan()
+    assert torch.equal(y.isnan(), nan)
+    # The bias, +0, is added: -0 becomes +0.
+    assert torch.equal(y[~nan], x[~nan])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype, level: str) -> None:
+    # Products of two 16-bit numbers are exact in float32 and cover ties and subnormals.
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**15), 2**15, (2, 64, 1024), generator=generator).to(torch.int16)
+    a, b = bits.view(dtype)
+    x = a.reshape(64, 1024, 1, 1)
+    for scale in b[:8]:
+        weight = scale.reshape(1024, 1, 1, 1)
+        with isa(level):
+            y = depthwise(x, weight, backend="cpu").reshape(64, 1024)
+        expected = (a.float() * scale.float() + 0.0).to(dtype)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(channels=19, size=(9, 16)),
+        Case(channels=48, stride=(2, 2), kernel=(5, 5), padding=(2, 2)),
+        Case(channels=33, dilation=(2, 2), padding=(3, 3), multiplier=2),
+    ],
+    ids=str,
+)
+def test_channel_slices_are_read_in_place_and_nothing_around_them(
+    case: Case, dtype: torch.dtype, level: str
+) -> None:
+    case = replace(case, dtype=dtype, batch=2)
+    x, weight, bias = case.tensors()
+    for canary in (float("nan"), 12.0):
+        around = guarded(x, canary=canary)
+        with isa(level), poisoned_memory():
+            y = case.kernel_result(around.tensor, weight, bias)
+        around.assert_untouched()
+        assert_close_to_float64(y, case.reference, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(channels=300, size=(14, 14)),
+        Case(channels=960, size=(7, 7), kernel=(5, 5), padding=(2, 2)),
+        Case(channels=35, size=(113, 57), stride=(2, 2)),
+        Case(batch=3, channels=130, multiplier=2),
+    ],
+    ids=str,
+)
+def test_threads_and_batch_do_not_change_a_bit(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    x, weight, bias = case.tensors()
+    with threads(1):
+        alone = case.kernel_result(x, weight, bias)
+    for count in (2, 3):
+        with threads(count):
+            assert torch.equal(case.kernel_result(x, weight, bias), alone)
+    one_by_one = [case.kernel_result(image[None], weight, bias) for image in x]
+    assert torch.equal(torch.cat(one_by_one), alone)
+
+
+def test_result_does_not_alias_its_input() -> None:
+    x = image((1, 16, 4, 4))
+    y = depthwise(x, torch.ones(16, 1, 1, 1), backend="cpu")
+    assert y.data_ptr() != x.data_ptr()
+
+
+# Layouts and backends
+
+
+def test_nchw_runs_on_the_reference_unless_the_kernel_is_asked_for() -> None:
+    x, weight, bias = Case().tensors()
+    x = x.contiguous()
+    y = depthwise(x, weight, bias, padding=1)
+    assert y.is_contiguous()
+    assert torch.equal(y, F.conv2d(x, weight, bias, padding=1, groups=32))
+    with pytest.raises(backends.Unsupported, match="channels-last") as failure:
+        depthwise(x, weight, bias, padding=1, backend="cpu")
+    assert failure.value.reason.code == "layout"
+
+
+def test_float64_runs_on_the_reference_unless_the_kernel_is_asked_for() -> None:
+    x, weight, bias = Case(dtype=torch.float64).tensors()
+    assert torch.equal(
+        depthwise(x, weight, bias, padding=1),
+        F.conv2d(x, weight, bias, padding=1, groups=32),
+    )
+    with pytest.raises(backends.Unsupported, match=r"float64") as failure:
+        depthwise(x, weight, bias, padding=1, backend="cpu")
+    assert failure.value.reason.code == "dtype"
+
+
+def test_other_devices_have_no_cpu_kernel() -> None:
+    x = torch.empty(1, 8, 4, 4, device="meta")
+    weight = torch.empty(8, 1, 3, 3, device="meta")
+    assert depthwise(x, weight).shape == (1, 8, 2, 2)
+    with pytest.raises(backends.Unsupported) as failure:
+        depthwise(x, weight, backend="cpu")
+    assert failure.value.reason.code == "device"
+
+
+def test_contiguous_images_that_are_channels_last_too_are_served() -> None:
+    for shape in ((2, 1, 9, 9), (2, 24, 1, 1)):
+        x = torch.randn(shape)
+        weight = torch.randn(shape[1], 1, 3, 3)
+        y = depthwise(x, weight, padding=1, backend="cpu")
+        torch.testing.assert_close(y, F.conv2d(x, weight, padding=1, groups=shape[1]))
+
+
+def test_expanded_images_are_read_without_a_copy() -> None:
+    x, weight, bias = Case(channels=20).tensors()
+    many = x.expand(3, -1, -1, -1)
+    y = depthwise(many, weight, bias, padding=1, backend="cpu")
+    assert torch.equal(y, depthwise(x, weight, bias, padding=1).expand_as(y))
+
+
+X, W, B = torch.zeros(2, 8, 6, 6), torch.zeros(8, 1, 3, 3), torch.zeros(8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, r"x has shape \(8, 6, 6\), expected \[N, C, H, W\]"),
+        ({"weight": torch.zeros(8, 2, 3, 3)}, ValueError, "weight has shape"),
+        ({"weight": torch.zeros(12, 1, 3, 3)}, ValueError, "multiple of x's 8"),
+        ({"weight": torch.zeros(0, 1, 3, 3)}, ValueError, "positive multiple"),
+        ({"weight": torch.zeros(8, 3, 3)}, ValueError, "weight has shape"),
+        ({"bias": torch.zeros(7)}, ValueError, r"bias has shape \(7,\), expected \(8,\)"),
+        ({"weight": W.double()}, TypeError, "weight is torch.float64 but x is torch.float32"),
+        ({"bias": B.half()}, TypeError, "bias is torch.float16"),
+        ({"weight": W.to("meta")}, ValueError, "weight is on meta"),
+        ({"x": X.int(), "weight": W.int(), "bias": None}, TypeError, "floating-point"),
+        ({"stride": 0}, ValueError, r"stride=\(0, 0\)"),
+        ({"stride": (1, 2, 3)}, ValueError, "stride"),
+        ({"padding": -1}, ValueError, "padding"),
+        ({"dilation": (1, 0)}, ValueError, "dilation"),
+        ({"dilation": 3}, ValueError, "larger than the image 6x6"),
+        ({"activation": "gelu"}, ValueError, "none, relu, relu6, hardswish"),
+        ({"backend": "tpu"}, ValueError, "unknown backend 'tpu'"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    arguments = {"x": X, "weight": W, "bias": B, **arguments}
+    with pytest.raises(error, match=message):
+        depthwise(**arguments)  # type: ignore[arg-type]
+
+
+# Gradients
+
+GRADIENT_CASES = [
+    Case(batch=2, channels=3, size=(5, 4), dtype=torch.float64, activation=activation)
+    for activation in ACTIVATIONS
+] + [
+    Case(batch=2, channels=3, size=(6, 5), dtype=torch.float64, stride=(2, 1), multiplier=2),
+    Case(channels=2, size=(6, 7), dtype=torch.float64, dilation=(2, 2), bias=False),
+]
+
+
+def call_operator(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.cvfast.depthwise(
+        x, weight, bias, case.stride, case.padding, case.dilation, case.activation
+    )
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_gradcheck(case: Case) -> None:
+    inputs = [None if t is None else t.requires_grad_() for t in case.tensors()]
+    assert torch.autograd.gradcheck(lambda *a: call_operator(case, *a), inputs)
+    assert torch.autograd.gradgradcheck(lambda *a: call_operator(case, *a), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_equal_pytorchs(activation: str, dtype: torch.dtype) -> None:
+    case = Case(batch=2, channels=24, activation=activation, dtype=dtype, stride=(2, 2))
+
+    def gradients(function: object, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = function(*leaves)  # type: ignore[operator]
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    x, weight, bias = case.tensors()
+    assert bias is not None
+    actual = gradients(case.kernel_result, x, weight, bias)
+    baseline = gradients(case.reference, x, weight, bias)
+    expected = gradients(case.reference, x.double(), weight.double(), bias.double())
+    for a, e, b in zip(actual, expected, baseline, strict=True):
+        verdict = tolerance.check(a, e, b)
+        assert verdict, str(verdict)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_only_needed_gradients_are_computed(activation: str, needed: tuple[bool, ...]) -> None:
+    case = Case(channels=8, size=(5, 5), activation=activation)
+    inputs = [t.requires_grad_(n) for t, n in zip(case.tensors(), needed, strict=True)]  # type: ignore[union-attr]
+    y = case.kernel_result(*inputs)
+    assert y.requires_grad == any(needed)
+    if any(needed):
+        y.sum().backward()
+        expected = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        case.reference(*expected).sum().backward()
+        for got, want in zip(inputs, expected, strict=True):
+            assert (got.grad is None) == (want.grad is None)
+            if got.grad is not None:
+                torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_saves_no_more_than_the_gradient_needs() -> None:
+    x, weight, bias = Case(channels=8).tensors()
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        depthwise(x, weight.requires_grad_(), bias, padding=1, backend="cpu")
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+def test_prepacked_refuses_to_drop_a_gradient() -> None:
+    x, weight, bias = Case().tensors()
+    packed = prepack(weight, bias)
+    arguments = ([3, 3], [1, 1], [1, 1], [1, 1], "relu")
+    with pytest.raises(RuntimeError, match=r"no gradient.*cvfast.ops.depthwise"):
+        torch.ops.cvfast.depthwise_prepacked(x.requires_grad_(), packed, *arguments)
+    with torch.no_grad():
+        y = torch.ops.cvfast.depthwise_prepacked(x, packed, *arguments)
+    assert not y.requires_grad
+
+
+# The operators as torch sees them
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(activation="relu6"),
+        Case(activation="hardswish", multiplier=2, stride=(2, 2), bias=False),
+        Case(dtype=torch.float64, activation="relu"),
+    ],
+    ids=str,
+)
+def test_opcheck(case: Case, requires_grad: bool) -> None:
+    x, weight, bias = case.tensors()
+    x.requires_grad_(requires_grad)
+    weight.requires_grad_(requires_grad)
+    arguments = (x, weight, bias, case.stride, case.padding, case.dilation, case.activation)
+    torch.library.opcheck(torch.ops.cvfast.depthwise.default, arguments)
+
+
+def test_opcheck_prepacked() -> None:
+    x, weight, bias = Case(channels=20, stride=(2, 2)).tensors()
+    arguments = (x, prepack(weight, bias), [3, 3], [2, 2], [1, 1], [1, 1], "relu6")
+    torch.library.opcheck(torch.ops.cvfast.depthwise_prepacked.default, arguments)
+
+
+def test_fake_has_the_strides_of_the_real_result() -> None:
+    x, weight, bias = Case(batch=2, channels=20, size=(9, 11), stride=(2, 2)).tensors()
+    real = call_operator(Case(stride=(2, 2)), x, weight, bias)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = call_operator(Case(stride=(2, 2)), *(mode.from_tensor(t) for t in (x, weight, bias)))
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        _, weight, bias = Case().tensors()
+        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise(x, self.weight, self.bias, padding=1, activation="relu6") * 2
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole_with_dynamic_shapes(backend: str) -> None:
+    torch.compiler.reset()
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for batch, size in ((2, (14, 14)), (3, (9, 20))):
+        x = Case(batch=batch, size=size).tensors()[0].requires_grad_()
+        y, expected = compiled(x), layer(x)
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+        leaves = [x, *layer.parameters()]
+        torch.testing.assert_close(
+            torch.autograd.grad(y.sum(), leaves),
+            torch.autograd.grad(expected.sum(), leaves),
+            rtol=1e-4,
+            atol=1e-4,  # sums over whole images, in another order
+        )
+
+
+def test_flop_formula_equals_the_eager_count() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = Case(batch=2, channels=24, stride=(2, 2), multiplier=2, kernel=(5, 3))
+    x, weight, bias = case.tensors()
+
+    def count(function: object) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()  # type: ignore[operator]
+        return counter.get_total_flops()
+
+    eager = count(lambda: case.reference(x, weight, bias))
+    packed = prepack(weight, bias, multiplier=2)
+    assert eager > 0
+    assert count(lambda: call_operator(case, x, weight, bias)) == eager
+    assert (
+        count(
+            lambda: torch.ops.cvfast.depthwise_prepacked(
+                x, packed, case.kernel, case.stride, case.padding, case.dilation, "none"
+            )
+        )
+        == eager
+    )
+
+
+def test_byte_model_counts_each_tensor_once() -> None:
+    case = Case(batch=2, channels=16, dtype=torch.bfloat16)
+    x, weight, bias = case.tensors()
+    y = case.kernel_result(x, weight, bias)
+    counted = bytes_moved(x.shape, (3, 3), y.shape, x.dtype)
+    assert counted == x.nbytes + y.nbytes + prepack(weight, bias).nbytes
+
+
+# Preparation
+
+
+def test_prepack_layout() -> None:
+    weight, bias = torch.randn(2 * 19, 1, 3, 5), torch.randn(2 * 19)
+    packed = prepack(weight, bias, multiplier=2)
+    assert packed.shape == (2, 2, 16, 16)
+    for channel, step in ((0, 0), (15, 1), (16, 0), (18, 1)):
+        panel = packed[step, channel // 16, :, channel % 16]
+        assert torch.equal(panel[:15], weight[channel * 2 + step].flatten())
+        assert panel[15] == bias[channel * 2 + step]
+    assert packed[:, 1, :, 3:].eq(0).all()
+    with pytest.raises(ValueError, match=r"expected \[3·C, 1, kh, kw\]"):
+        prepack(weight, multiplier=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packed": torch.zeros(1, 2, 10, 8)}, "does not come from prepack"),
+        ({"packed": torch.zeros(1, 1, 10, 16)}, "over 32 channels"),
+        ({"packed": torch.zeros(1, 2, 10, 16, dtype=torch.float64)}, "does not come from prepack"),
+        ({"kernel": [5, 5]}, "5x5 kernel"),
+        ({"x": torch.zeros(1, 32, 4, 4)}, "channels-last"),
+        ({"x": torch.zeros(32, 4, 4)}, r"\[N, C, H, W\]"),
+        ({"x": image((1, 32, 4, 4), torch.float64)}, "float32, bfloat16 or float16"),
+        ({"x": image((1, 32, 1, 1)), "padding": [0, 0]}, "larger than the padded image"),
+        ({"stride": [0, 1]}, "must be positive"),
+        ({"activation": "gelu"}, "unknown activation 'gelu'"),
+    ],
+    ids=str,
+)
+def test_prepacked_operator_checks_its_arguments(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "x": image((1, 32, 4, 4)),
+        "packed": torch.zeros(1, 2, 10, 16),
+        "kernel": [3, 3],
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "activation": "none",
+        **change,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.cvfast.depthwise_prepacked(*arguments.values())
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fold_batch_norm(with_bias: bool, affine: bool) -> None:
+    conv = torch.nn.Conv2d(6, 6, 3, groups=6, bias=with_bias).double()
+    norm = torch.nn.BatchNorm2d(6, eps=1e-3, affine=affine).double().eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(1e-4, 2)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    weight, bias = fold_batch_norm(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, 1e-3
+    )
+    torch.testing.assert_close(F.conv2d(x, weight, bias, groups=6), norm(conv(x)))
+
+
+def test_fold_batch_norm_computes_in_float64_and_names_a_mismatch() -> None:
+    weight, mean, var = torch.randn(4, 1, 3, 3).half(), torch.randn(4), torch.rand(4) * 1e-4
+    folded, shift = fold_batch_norm(weight, None, mean, var, None, None, 1e-5, dtype=torch.float32)
+    exact = weight.double() / (var.double() + 1e-5).sqrt().reshape(4, 1, 1, 1)
+    assert folded.dtype == shift.dtype == torch.float32
+    assert (
+        torch.equal(folded, exact.float())
+        or (folded - exact).abs().max() < 1e-6 * exact.abs().max()
+    )
+    with pytest.raises(ValueError, match=r"running_mean has shape \(3,\), expected \(4,\)"):
+        fold_batch_norm(weight, None, mean[:3], var, None, None, 1e-5)
+
+
+@pytest.mark.slow
+def test_offsets_beyond_two_to_the_31() -> None:
+    # 2^31 + 2^27 elements in, as few as possible out.
+    x = torch.zeros(17, 128, 1024, 1024, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x[-1, :, -3:, -3:] = 1
+    weight = torch.ones(128, 1, 3, 3, dtype=torch.bfloat16)
+    y = depthwise(x, weight, stride=1021, backend="cpu")
+    assert y.shape == (17, 128, 2, 2)
+    assert y[-1, :, -1, -1].eq(9).all()
+    assert y.sum() == 9 * 128
