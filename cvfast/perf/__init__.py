@@ -1,0 +1,3 @@
+"""Measurement: environment, interleaved timing, FLOPs, peak rates, and the peers compared with."""
+
+from __future__ import annotations
