@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cvfast.optimize import optimize
 from cvfast.version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "list_models",
     "models",
     "ops",
+    "optimize",
     "testing",
 ]
 

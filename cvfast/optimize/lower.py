@@ -1,0 +1,478 @@
+"""Lower: a captured graph -> a program whose convolution sites are kernel calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cvfast import extension
+from cvfast.ops.activation import activate_
+from cvfast.ops.conv import (
+    OneDnnWeight,
+    bytes_moved,
+    conv_onednn,
+    conv_torch,
+    flops,
+    fuses_activation,
+    onednn_unsupported,
+)
+from cvfast.ops.depthwise import _KERNEL_DTYPES as DEPTHWISE_DTYPES
+from cvfast.ops.depthwise import ACTIVATIONS as DEPTHWISE_ACTIVATIONS
+from cvfast.ops.depthwise import prepack as prepack_depthwise
+from cvfast.ops.fold import fold_batch_norm
+from cvfast.ops.layout import channels_innermost, channels_last, restore_layout
+
+from .capture import Capture, shape_hint
+from .match import Leftover, Site, find_sites, read_activation
+from .options import Options
+from .report import Row, skipped
+
+aten = torch.ops.aten
+
+_KEEP_LAYOUT = {
+    aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
+    aten.silu.default, aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default,
+    aten.gelu.default, aten.leaky_relu.default, aten.elu.default, aten.mish.default,
+    aten.clamp.default, aten.batch_norm.default, aten.max_pool2d.default, aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor,
+    aten.cat.default, aten.pad.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec,
+}  # fmt: skip
+"""Operators whose result is channels-last when all their 4-D arguments are."""
+
+_FRESH = {
+    aten.batch_norm.default, aten.conv2d.default, aten.cat.default, aten.add.Tensor,
+    aten.mul.Tensor, aten.linear.default, aten.layer_norm.default, aten.conv_transpose2d.input,
+}  # fmt: skip
+"""Operators whose result owns its memory, so that a sole reader may overwrite it."""
+
+
+@dataclass
+class _Call:
+    """How a site runs: the kernel, its arguments, and how its constants come from the weights."""
+
+    backend: str
+    emit: Callable[[fx.Graph, list[fx.Node], fx.Node, fx.Node | None], fx.Node]
+    pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]]
+    passes: int = 0
+    """Elementwise passes over the result that remain beside the kernel."""
+
+
+@dataclass(frozen=True)
+class LoweredSite:
+    """A site's row, the captured node it stands for, and the program's node in its place."""
+
+    row: Row
+    source: fx.Node
+    result: fx.Node
+
+
+@dataclass
+class Program:
+    """An executable graph with packed weights, bound to the module whose weights it runs.
+
+    Safe to run from several threads; :meth:`refresh` is not to run beside them.
+    """
+
+    capture: Capture
+    module: fx.GraphModule
+    rows: list[Row]
+    sites: list[LoweredSite]
+    _packers: list[Callable[[dict[fx.Node, Tensor]], None]] = field(default_factory=list)
+    _wanted: list[fx.Node] = field(default_factory=list)
+
+    def refresh(self, source: nn.Module) -> None:
+        """Pack anew from the weights that ``source`` has now."""
+        values = self.capture.evaluate_constants(source, self._wanted)
+        for pack in self._packers:
+            pack(values)
+
+    def __call__(self, flat: Sequence[Any]) -> list[Any]:
+        # Below autograd an operator call is some 4 us cheaper than under no_grad alone.
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            result: list[Any] = self.module.forward(*flat)
+        return result
+
+    def count_layout_copies(self, flat: Sequence[Any]) -> int:
+        """Conversions between memory formats in one run."""
+        counter = _LayoutCounter(self.module)
+        with torch.no_grad():
+            counter.run(*flat)
+        return counter.copies
+
+
+class _LayoutCounter(fx.Interpreter):
+    copies = 0
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_function(target, args, kwargs)
+        if target in (channels_last, channels_innermost, restore_layout) and result is not args[0]:
+            self.copies += 1
+        return result
+
+
+def lower(capture: Capture, source: nn.Module, options: Options, prefix: str = "") -> Program:
+    """The program of ``capture`` on the weights of ``source``; ``prefix`` leads the rows' names."""
+    sites, leftovers = find_sites(capture)
+    return _Lowering(capture, source, options, prefix).build(sites, leftovers)
+
+
+class _Lowering:
+    def __init__(self, capture: Capture, source: nn.Module, options: Options, prefix: str) -> None:
+        self.capture = capture
+        self.source = source
+        self.options = options
+        self.prefix = prefix
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.in_channels_last: set[fx.Node] = set()
+        self.placeholders: dict[fx.Node, fx.Node] = {}
+        self.attributes: list[str] = []
+        self.constants: dict[fx.Node, fx.Node] = {}
+        self.packed: list[tuple[list[str], Site, _Call]] = []
+        self.use_channels_last = options.memory_format == "channels_last"
+
+    def build(self, sites: list[Site], leftovers: list[Leftover]) -> Program:
+        rows: dict[fx.Node, Row] = {}
+        ends: dict[fx.Node, tuple[Site, _Call]] = {}
+        inside: set[fx.Node] = set()
+        for site in sites:
+            row, call = self._plan(site)
+            rows[site.conv] = row
+            if call is not None:
+                ends[site.last] = (site, call)
+                inside.update((site.conv, *site.absorbed))
+        for leftover in leftovers:
+            rows[leftover.node] = skipped(
+                self._name(leftover.module), leftover.pattern, leftover.reason, leftover.detail
+            )
+        lowered: list[LoweredSite] = []
+        for node in self.capture.graph.nodes:
+            if node in ends:
+                site, call = ends[node]
+                self.env[node] = self._emit(site, call)
+                lowered.append(LoweredSite(rows[site.conv], node, self.env[node]))
+            elif node in inside or node in self.capture.constant_nodes:
+                continue
+            else:
+                self._copy(node)
+        self._reuse_memory()
+        root = nn.Module()
+        for name in self.attributes:
+            setattr(root, name, None)
+        module = fx.GraphModule(root, self.graph)
+        ordered = [rows[node] for node in self.capture.graph.nodes if node in rows]
+        program = Program(self.capture, module, ordered, lowered)
+        self._attach(program)
+        program.refresh(self.source)
+        module.recompile()
+        return program
+
+    def _name(self, module: str) -> str:
+        return f"{self.prefix}.{module}" if self.prefix and module else self.prefix or module
+
+    def _plan(self, site: Site) -> tuple[Row, _Call | None]:
+        """Which kernel computes the site, if any, and its row in the report."""
+        row = Row(self._name(site.module), site.pattern)
+        x_shape, w_shape = shape_hint(site.source), shape_hint(site.weight)
+        out_shape = shape_hint(site.conv)
+        row.flops = flops(x_shape, w_shape, out_shape)
+        if site.skip is None and self.options.filter_fn is not None:
+            module = self.source.get_submodule(site.module)
+            if not self.options.filter_fn(module, row.module):
+                site.skip = ("user_filter", "filter_fn said no")
+        if site.skip is not None:
+            row.reason, row.detail = site.skip
+            return row, None
+        calls, reason = _candidates(site, self.options)
+        if not calls:
+            row.reason, row.detail = reason
+            return row, None
+        call = calls[0]
+        unfused = bytes_moved(x_shape, w_shape, out_shape, site.dtype.itemsize, len(site.absorbed))
+        row.bytes_saved = (
+            (len(site.absorbed) - call.passes) * 2 * prod(out_shape) * site.dtype.itemsize
+        )
+        row.gain = unfused / (unfused - row.bytes_saved)
+        if self.options.select == "measure":
+            chosen, row.gain = self._measure(site, calls)
+            if chosen is None:
+                row.reason, row.detail, row.bytes_saved = "slower", f"measured {row.gain:.2f}x", 0
+                return row, None
+            call = chosen
+        row.status, row.backend = "fused", call.backend
+        return row, call
+
+    def _measure(self, site: Site, calls: list[_Call]) -> tuple[_Call | None, float]:
+        """The fastest of ``calls`` on random data, if any beats the unfused path, and its gain."""
+        from .measure import choose, kernel_runner, random_inputs, unfused_runner
+
+        constants = self.capture.evaluate_constants(self.source, site.constants)
+        inputs = random_inputs(site, self.use_channels_last)
+        weight, bias = self._folded(site, constants)
+        runners = {
+            call.backend: kernel_runner(site, inputs, call.emit, call.pack(weight, bias))
+            for call in calls
+        }
+        best, gain = choose(runners, unfused_runner(site, inputs, constants))
+        return next((call for call in calls if call.backend == best), None), gain
+
+    def _emit(self, site: Site, call: _Call) -> fx.Node:
+        x = self._laid_out(
+            site.source, channels_innermost if call.backend == "cpu" else channels_last
+        )
+        residual = None
+        if site.residual is not None:
+            residual = self._laid_out(site.residual, channels_last)
+        names = [f"packed_{len(self.packed)}_{i}" for i in range(2)]
+        constants = [self._attribute(name) for name in names]
+        self.packed.append((names, site, call))
+        result = call.emit(self.graph, constants, x, residual)
+        result.meta["val"] = site.last.meta["val"]
+        if self.use_channels_last:
+            self.in_channels_last.add(result)
+        return result
+
+    def _laid_out(self, node: fx.Node, convert: Callable[[Tensor], Tensor]) -> fx.Node:
+        value = self._value(node)
+        if not self.use_channels_last or value in self.in_channels_last:
+            return value
+        converted = self.graph.call_function(convert, (value,))
+        converted.meta["val"] = node.meta["val"]
+        if convert is channels_last:
+            self.in_channels_last.add(converted)
+            self.env[node] = converted
+        return converted
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """What stands for ``node`` in the new graph; a constant becomes an attribute if read."""
+        if node in self.capture.constant_nodes and node not in self.env:
+            name = f"constant_{len(self.constants)}"
+            self.constants[node] = self.env[node] = self._attribute(name)
+            self.env[node].meta["val"] = node.meta.get("val")
+        return self.env[node]
+
+    def _attribute(self, name: str) -> fx.Node:
+        node = self.graph.create_node("get_attr", name)
+        self.attributes.append(name)
+        return node
+
+    def _copy(self, node: fx.Node) -> None:
+        if node.op == "output":
+            outputs = fx.map_arg(node.args[0], self._output)
+            self.graph.output(outputs)
+            return
+        copied = self.graph.node_copy(node, self._value)
+        self.env[node] = copied
+        if node.op == "placeholder":
+            self.placeholders[node] = copied
+        if node.target in _KEEP_LAYOUT:
+            images = [a for a in copied.all_input_nodes if _rank(a) == 4 and a.op != "get_attr"]
+            if images and all(a in self.in_channels_last or _is_gate(a) for a in images):
+                self.in_channels_last.add(copied)
+
+    def _output(self, node: fx.Node) -> fx.Node:
+        value = self._value(node)
+        images = [i for i in self.capture.inputs if _rank(i) == 4]
+        if (
+            not self.use_channels_last
+            or _rank(value) != 4
+            or not images
+            or value.op == "placeholder"
+        ):
+            return value
+        if not _was_contiguous(node):
+            return value
+        return self.graph.call_function(restore_layout, (value, self.placeholders[images[0]]))
+
+    def _reuse_memory(self) -> None:
+        """Let an elementwise step overwrite its argument where it is the sole reader."""
+        kernels = (conv_onednn, conv_torch)
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or read_activation(node) is None:
+                continue
+            source = node.args[0]
+            fresh = source.op == "call_function" and (
+                source.target in _FRESH or source.target in kernels
+            )
+            if fresh and len(source.users) == 1:
+                node.target = _in_place(node.target)
+
+    def _attach(self, program: Program) -> None:
+        """Give the program its attributes and the recipes that fill them."""
+        module = program.module
+        wanted: dict[fx.Node, None] = dict.fromkeys(self.constants)
+        for source, attribute in self.constants.items():
+            name = str(attribute.target)
+            program._packers.append(partial(_store_constant, module, name, source))
+        for names, site, call in self.packed:
+            wanted.update(dict.fromkeys(site.constants))
+            program._packers.append(partial(self._store_packed, module, names, site, call))
+        program._wanted = list(wanted)
+
+    def _store_packed(
+        self,
+        module: nn.Module,
+        names: list[str],
+        site: Site,
+        call: _Call,
+        values: dict[fx.Node, Tensor],
+    ) -> None:
+        packed = call.pack(*self._folded(site, values))
+        for name, tensor in zip(names, (*packed, None), strict=False):
+            setattr(module, name, tensor)
+
+    @staticmethod
+    def _folded(site: Site, values: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The site's weight and bias with the batch norm folded in."""
+        weight = values[site.weight]
+        bias = values[site.bias] if site.bias is not None else None
+        norm = site.batch_norm
+        if norm is None:
+            return weight, bias
+        scale = values[norm.weight] if norm.weight is not None else None
+        shift = values[norm.bias] if norm.bias is not None else None
+        return fold_batch_norm(
+            weight, bias, values[norm.mean], values[norm.var], scale, shift, norm.eps
+        )
+
+
+def _store_constant(
+    module: nn.Module, name: str, source: fx.Node, values: dict[fx.Node, Tensor]
+) -> None:
+    setattr(module, name, values[source])
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _is_gate(node: fx.Node) -> bool:
+    """[N, C, 1, 1]: broadcasts over an image without deciding its layout."""
+    return shape_hint(node)[2:] == (1, 1)
+
+
+def _was_contiguous(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_contiguous()
+
+
+def _in_place(target: Any) -> Any:
+    packet = getattr(aten, target._schema.name.removeprefix("aten::") + "_", None)
+    overload = getattr(packet, target._overloadname, None) if packet is not None else None
+    return overload or target
+
+
+def _candidates(site: Site, options: Options) -> tuple[list[_Call], tuple[str, str]]:
+    """Kernel calls that can compute the site, the preferred first; if there are none, why."""
+    calls: list[_Call] = []
+    refusals: list[tuple[str, str]] = []
+    wanted = options.backend
+    if wanted in ("auto", "cpu") and site.is_depthwise:
+        if (refusal := _depthwise_unsupported(site, options)) is None:
+            calls.append(_depthwise_call(site))
+        else:
+            refusals.append(refusal)
+    if wanted in ("auto", "onednn"):
+        if (refusal := _onednn_unsupported(site, options)) is None:
+            calls.append(_onednn_call(site))
+        else:
+            refusals.append(refusal)
+    # Without a kernel a site still gains from folding; with nothing to fold it stays as it was.
+    if wanted == "reference" or (wanted == "auto" and not calls and site.batch_norm is not None):
+        calls.append(_torch_call(site))
+    nobody = ("no_backend", f"backend {wanted!r} has no kernel for {site.pattern}")
+    return calls, refusals[0] if refusals else nobody
+
+
+def _onednn_unsupported(site: Site, options: Options) -> tuple[str, str] | None:
+    if options.memory_format != "channels_last":
+        return ("layout", "oneDNN's packed convolutions need channels-last memory")
+    unsupported = onednn_unsupported(site.dtype, site.device)
+    return None if unsupported is None else ("unsupported_dtype", unsupported)
+
+
+def _depthwise_unsupported(site: Site, options: Options) -> tuple[str, str] | None:
+    if options.memory_format != "channels_last":
+        return ("layout", "the depthwise kernel needs channels-last memory")
+    if site.device.type != "cpu" or site.dtype not in DEPTHWISE_DTYPES:
+        return (
+            "unsupported_dtype",
+            f"the depthwise kernel does not take {site.dtype} on {site.device.type}",
+        )
+    status = extension.load("cpu")
+    if not status:
+        extension.warn_missing("cpu")
+        return ("no_extension", str(status))
+    return None
+
+
+def _depthwise_call(site: Site) -> _Call:
+    geometry = site.geometry
+    out_channels, in_channels = shape_hint(site.conv)[1], geometry.groups
+    fused = site.activation.name in DEPTHWISE_ACTIVATIONS
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        return (prepack_depthwise(weight, bias, multiplier=out_channels // in_channels),)
+
+    def emit(
+        graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
+    ) -> fx.Node:
+        arguments = (
+            x, constants[0], list(geometry.kernel), list(geometry.stride), list(geometry.padding),
+            list(geometry.dilation), site.activation.name if fused else "none",
+        )  # fmt: skip
+        result = graph.call_function(torch.ops.cvfast.depthwise_prepacked.default, arguments)
+        if fused:
+            return result
+        return graph.call_function(
+            activate_, (result, site.activation.name, site.activation.parameters)
+        )
+
+    return _Call("cpu", emit, pack, passes=int(not fused))
+
+
+def _onednn_call(site: Site) -> _Call:
+    geometry, activation = site.geometry, site.activation
+    x_shape = shape_hint(site.source)
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        packed = OneDnnWeight(
+            weight, x_shape, stride=geometry.stride, padding=geometry.padding,
+            dilation=geometry.dilation, groups=geometry.groups,
+        )  # fmt: skip
+        return packed, bias
+
+    def emit(
+        graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
+    ) -> fx.Node:
+        arguments = (x, *constants, residual, activation.name, activation.parameters)
+        return graph.call_function(conv_onednn, arguments)
+
+    fused = fuses_activation(activation.name, site.residual is not None)
+    return _Call("onednn", emit, pack, passes=int(not fused))
+
+
+def _torch_call(site: Site) -> _Call:
+    geometry, activation = site.geometry, site.activation
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        return weight, bias
+
+    def emit(
+        graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
+    ) -> fx.Node:
+        arguments = (
+            x, *constants, residual, list(geometry.stride), list(geometry.padding),
+            list(geometry.dilation), geometry.groups, activation.name, activation.parameters,
+        )  # fmt: skip
+        return graph.call_function(conv_torch, arguments)
+
+    passes = (site.residual is not None) + bool(activation)
+    return _Call("reference", emit, pack, passes)
