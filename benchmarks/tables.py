@@ -1,0 +1,155 @@
+"""The tables of the README, made from the committed JSON.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; what is between is replaced.
+`--check` writes nothing and exits with 1 if a table differs from what the JSON gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+EAGER = ("eager", "eager_channels_last")
+SETTING = ("threads", "batch", "dtype")  # what a summary of the depthwise layers is over
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+
+def networks(results: Path = RESULTS) -> str:
+    """cvfast against every peer, in milliseconds, a row per network, batch and thread count."""
+    measured = _load(results / "cpu" / "networks.json")
+    if measured is None:
+        return not_measured("python benchmarks/bench_networks.py")
+    rows = measured["rows"]
+    contenders = ["cvfast"]
+    for row in rows:
+        contenders += [name for name in row["variants"] if name not in contenders]
+    head = ["network", "input", "dtype", "threads", *(f"{name}, ms" for name in contenders)]
+    body = []
+    for row in rows:
+        medians = [_median(row, name) for name in contenders]
+        speedup = f"**{row['speedup']:.2f}x** {row['best_peer']}" if row["speedup"] else "-"
+        shape = "x".join(map(str, row["shape"]))
+        body.append([row["model"], shape, row["dtype"], str(row["threads"]), *medians, speedup])
+    packages = ("torch", "onnxruntime", "openvino")
+    return markdown([*head, "against the best peer"], body) + "\n" + provenance(rows, packages)
+
+
+def zoo(results: Path = RESULTS) -> str:
+    """optimize() against eager PyTorch, in milliseconds, a row per network and input size."""
+    measured = _load(results / "cpu" / "zoo.json")
+    if measured is None:
+        return not_measured("python benchmarks/bench_zoo.py")
+    body = []
+    for row in measured["rows"]:
+        coverage = f"{row['coverage']:.0%}"
+        for size in row["sizes"]:
+            image = "x".join(map(str, size["shape"][2:]))
+            times = (f"{1e3 * size[name]['median']:.2f}" for name in ("cvfast", *EAGER))
+            speedup = f"**{size['speedup']:.2f}x**" if row["ok"] and size["ok"] else "failed"
+            body.append([row["model"], image, coverage, *times, speedup])
+    head = ["network", "input", "FLOPs fused", "cvfast, ms", "eager, ms", "eager channels-last, ms"]
+    threads = ", ".join(str(n) for n in sorted({row["threads"] for row in measured["rows"]}))
+    return (
+        markdown([*head, "against the faster"], body)
+        + f"\nBatch 1, float32, threads: {threads}. "
+        + provenance([measured])
+    )
+
+
+def depthwise(results: Path = RESULTS) -> str:
+    """The depthwise kernel against each baseline, over all MobileNet layers."""
+    measured = _load(results / "cpu" / "depthwise.json")
+    if measured is None:
+        return not_measured(
+            "python benchmarks/bench_depthwise.py --json benchmarks/results/cpu/depthwise.json"
+        )
+    body = []
+    for group in measured["summary"]:
+        setting = [group["dtype"], str(group["batch"]), str(group["threads"]), str(group["layers"])]
+        rows = [r for r in measured["rows"] if all(r[k] == group[k] for k in SETTING)]
+        passed = all(row["verified"] for row in rows)
+        for name, ratio in group["speedup"].items():
+            cells = [f"**{ratio['geomean']:.2f}x**", f"{ratio['min']:.2f}x"]
+            body.append([*setting, name.replace("_", " "), *(cells if passed else ["failed"] * 2)])
+    head = ["dtype", "batch", "threads", "layers", "against", "geometric mean", "least"]
+    return markdown(head, body) + "\n" + provenance([measured])
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def not_measured(command: str) -> str:
+    """What stands in place of a table whose results are not there."""
+    return f"Not measured yet: run `{command}`.\n"
+
+
+def _median(row: dict[str, Any], name: str) -> str:
+    """Milliseconds; a dash for a contender that did not run or did not pass its check."""
+    variant = row["variants"].get(name)
+    return f"{1e3 * variant['median']:.2f}" if variant and variant["ok"] else "-"
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def provenance(rows: Sequence[dict[str, Any]], shown: Sequence[str] = ("torch",)) -> str:
+    """One line that says what the rows were measured on."""
+    places = []
+    for row in rows:
+        environment = row["environment"]
+        cpu, packages = environment["cpu"], environment["packages"]
+        commit = (environment["git"]["commit"] or "no commit")[:10]
+        dirty = "+" if environment["git"]["dirty"] else ""
+        versions = (f"{n} {packages[n]}" for n in shown)
+        place = f"{cpu['model']}, {cpu['cores']} cores, {cpu['isa']}; {', '.join(versions)}"
+        places.append(f"{place}; cvfast {commit}{dirty}, {environment['date'][:10]}")
+    unique = list(dict.fromkeys(places))
+    return "Medians of interleaved runs, verified in the same run. " + " / ".join(unique) + ".\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "networks-cpu": networks,
+    "zoo-cpu": zoo,
+    "depthwise-cpu": depthwise,
+}
+
+
+def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        KeyError: for a marker that names no table.
+    """
+    return MARKED.sub(lambda found: found[1] + tables[found["name"]]() + found[3], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
+    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args()
+    text = options.file.read_text(encoding="utf-8")
+    updated = render(text, TABLES)
+    if options.check and text != updated:
+        print(f"{options.file} is outdated: run python benchmarks/tables.py", file=sys.stderr)
+        return 1
+    if not options.check:
+        options.file.write_text(updated, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

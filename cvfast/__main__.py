@@ -1,0 +1,7 @@
+"""``python -m cvfast``: the command line."""
+
+from __future__ import annotations
+
+from cvfast.cli import main
+
+main()

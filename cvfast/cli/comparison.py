@@ -1,0 +1,112 @@
+"""cvfast against its peers on one network: verified and timed in one interleaved run."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import cvfast
+from cvfast.cli import specs
+from cvfast.perf import flops, peers, roofline, timing
+
+PEER_K = 10.0
+"""A peer's error may be this many times eager's. Wider than what cvfast is held to: it is there to
+notice a peer that computes something else, not to rule out a faster one that rounds differently."""
+
+
+def compare(
+    spec: str,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    dtype: torch.dtype = torch.float32,
+    names: Sequence[str] = peers.NAMES,
+    size: int | None = None,
+    min_time: float = 1.0,
+) -> dict[str, Any]:
+    """Optimises the network `spec`, checks it and every peer against float64, and times them all.
+
+    Returns a row ready for JSON. ``variants`` maps ``cvfast`` and each peer to its `Timing` in
+    seconds, ``error`` (relative, to float64), ``ok``, ``setup_seconds``, ``flops_per_second`` and,
+    for peers, ``speedup``: how many times as long the peer takes as cvfast. ``speedup`` is ``None``
+    unless both passed their check. ``unavailable`` maps the other peers to the reason.
+    ``best_peer`` is the fastest peer that passed.
+
+    Sets torch's number of threads, process-wide.
+    """
+    torch.set_num_threads(threads)
+    model = specs.load(spec)
+    shape = specs.input_shape(spec, model, size)
+    x = specs.example(shape, batch)
+    truth = specs.Truth(model, x, dtype)
+    work = flops.count(model, (x,))
+
+    start = time.perf_counter()
+    optimized = cvfast.optimize(model, (x,), dtype=None if dtype is x.dtype else dtype)
+
+    @torch.no_grad()
+    def run() -> Any:
+        return optimized(x)
+
+    outputs = peers.flatten(run())
+    setup = {"cvfast": time.perf_counter() - start}
+    verdicts = {"cvfast": truth.check(outputs)}
+    calls: dict[str, Callable[[], Any]] = {"cvfast": run}
+    unavailable: dict[str, str] = {}
+    for name in names:
+        try:
+            peer = peers.build(name, model, x, threads=threads, dtype=dtype)
+        except peers.PeerUnavailable as error:
+            unavailable[name] = str(error)
+            continue
+        calls[name], setup[name] = peer.run, peer.setup_seconds
+        verdicts[name] = truth.check(peer.outputs(), k=PEER_K)
+
+    timings = timing.interleave(calls, min_time=min_time)
+    variants: dict[str, dict[str, Any]] = {}
+    for name, measured in timings.items():
+        verdict = verdicts[name]
+        variants[name] = {
+            **measured.to_dict(),
+            "flops_per_second": work / measured.median,
+            "setup_seconds": setup[name],
+            "error": verdict.error,
+            "limit": verdict.limit,
+            "ok": verdict.ok,
+            "message": verdict.message,
+        }
+        if name != "cvfast":
+            valid = verdict.ok and verdicts["cvfast"].ok
+            ratio = timing.ratio(measured, timings["cvfast"]) if valid else None
+            variants[name]["speedup"] = ratio
+    rivals = [name for name in variants if name != "cvfast" and variants[name]["ok"]]
+    best = min(rivals, key=lambda name: variants[name]["median"]) if rivals else None
+    return {
+        "model": spec,
+        "shape": [batch, *shape],
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+        "flops": work,
+        "peak_flops_per_second": peak(threads, dtype),
+        "coverage": optimized.report.coverage,
+        "ok": verdicts["cvfast"].ok,
+        "best_peer": best,
+        "speedup": variants[best]["speedup"] if best else None,
+        "variants": variants,
+        "unavailable": unavailable,
+    }
+
+
+@functools.cache
+def peak(threads: int, dtype: torch.dtype) -> float:
+    """FLOP/s that the FMA units sustain on `threads` threads; measured once per process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return roofline.peak_flops(dtype)
+    finally:
+        torch.set_num_threads(before)
