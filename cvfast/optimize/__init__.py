@@ -71,9 +71,9 @@ def optimize(
         dtype: compute in this dtype: inputs are cast, results cast back. Default: the model's own.
         backend: ``"auto"``, or one of ``"reference"`` (folding only), ``"onednn"``, ``"cpu"`` for
             all sites.
-        memory_format: of activations inside the network: ``"auto"`` (channels-last),
-            ``"channels_last"``, ``"contiguous"``, or the torch constant. Outputs keep the layout
-            that the original would give them.
+        memory_format: of activations inside the network: ``"auto"`` (channels-last on the CPU and
+            in half precision), ``"channels_last"``, ``"contiguous"``, or the torch constant.
+            Outputs keep the layout that the original would give them.
         select: ``"heuristic"``, or ``"measure"`` to time each candidate here and keep what is
             faster.
         filter_fn: called with (module, qualified name) of each convolution; False leaves it

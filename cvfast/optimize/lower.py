@@ -119,11 +119,18 @@ class _LayoutCounter(fx.Interpreter):
 def lower(capture: Capture, source: nn.Module, options: Options, prefix: str = "") -> Program:
     """The program of ``capture`` on the weights of ``source``; ``prefix`` leads the rows' names."""
     sites, leftovers = find_sites(capture)
-    return _Lowering(capture, source, options, prefix).build(sites, leftovers)
+    return _Lowering(capture, source, options, prefix, sites).build(leftovers)
 
 
 class _Lowering:
-    def __init__(self, capture: Capture, source: nn.Module, options: Options, prefix: str) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        source: nn.Module,
+        options: Options,
+        prefix: str,
+        sites: list[Site],
+    ) -> None:
         self.capture = capture
         self.source = source
         self.options = options
@@ -135,13 +142,14 @@ class _Lowering:
         self.attributes: list[str] = []
         self.constants: dict[fx.Node, fx.Node] = {}
         self.packed: list[tuple[list[str], Site, _Call]] = []
-        self.use_channels_last = options.memory_format == "channels_last"
+        self.sites = sites
+        self.use_channels_last = _use_channels_last(str(options.memory_format), sites)
 
-    def build(self, sites: list[Site], leftovers: list[Leftover]) -> Program:
+    def build(self, leftovers: list[Leftover]) -> Program:
         rows: dict[fx.Node, Row] = {}
         ends: dict[fx.Node, tuple[Site, _Call]] = {}
         inside: set[fx.Node] = set()
-        for site in sites:
+        for site in self.sites:
             row, call = self._plan(site)
             rows[site.conv] = row
             if call is not None:
@@ -189,7 +197,7 @@ class _Lowering:
         if site.skip is not None:
             row.reason, row.detail = site.skip
             return row, None
-        calls, reason = _candidates(site, self.options)
+        calls, reason = _candidates(site, self.options.backend, self.use_channels_last)
         if not calls:
             row.reason, row.detail = reason
             return row, None
@@ -369,18 +377,27 @@ def _in_place(target: Any) -> Any:
     return overload or target
 
 
-def _candidates(site: Site, options: Options) -> tuple[list[_Call], tuple[str, str]]:
+def _use_channels_last(memory_format: str, sites: list[Site]) -> bool:
+    """``auto`` is channels-last on the CPU, and where tensor cores work on half precision."""
+    if memory_format != "auto":
+        return memory_format == "channels_last"
+    half = (torch.float16, torch.bfloat16)
+    return all(site.device.type == "cpu" or site.dtype in half for site in sites)
+
+
+def _candidates(
+    site: Site, wanted: str, channels_last: bool
+) -> tuple[list[_Call], tuple[str, str]]:
     """Kernel calls that can compute the site, the preferred first; if there are none, why."""
     calls: list[_Call] = []
     refusals: list[tuple[str, str]] = []
-    wanted = options.backend
     if wanted in ("auto", "cpu") and site.is_depthwise:
-        if (refusal := _depthwise_unsupported(site, options)) is None:
+        if (refusal := _depthwise_unsupported(site, channels_last)) is None:
             calls.append(_depthwise_call(site))
         else:
             refusals.append(refusal)
     if wanted in ("auto", "onednn"):
-        if (refusal := _onednn_unsupported(site, options)) is None:
+        if (refusal := _onednn_unsupported(site, channels_last)) is None:
             calls.append(_onednn_call(site))
         else:
             refusals.append(refusal)
@@ -391,15 +408,15 @@ def _candidates(site: Site, options: Options) -> tuple[list[_Call], tuple[str, s
     return calls, refusals[0] if refusals else nobody
 
 
-def _onednn_unsupported(site: Site, options: Options) -> tuple[str, str] | None:
-    if options.memory_format != "channels_last":
+def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+    if not channels_last:
         return ("layout", "oneDNN's packed convolutions need channels-last memory")
     unsupported = onednn_unsupported(site.dtype, site.device)
     return None if unsupported is None else ("unsupported_dtype", unsupported)
 
 
-def _depthwise_unsupported(site: Site, options: Options) -> tuple[str, str] | None:
-    if options.memory_format != "channels_last":
+def _depthwise_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+    if not channels_last:
         return ("layout", "the depthwise kernel needs channels-last memory")
     if site.device.type != "cpu" or site.dtype not in DEPTHWISE_DTYPES:
         return (

@@ -134,7 +134,7 @@ def find_sites(capture: Capture) -> tuple[list[Site], list[Leftover]]:
     sites: list[Site] = []
     order = {node: i for i, node in enumerate(capture.graph.nodes)}
     for node in capture.graph.nodes:
-        if node.target in CONV2D and node not in capture.constant_nodes:
+        if _is_site(node) and node not in capture.constant_nodes:
             site = _grow(capture, node, taken, order)
             taken.update(site.absorbed)
             sites.append(site)
@@ -145,6 +145,11 @@ def find_sites(capture: Capture) -> tuple[list[Site], list[Leftover]]:
         if (leftover := _leftover(capture, node)) is not None
     ]
     return sites, leftovers
+
+
+def _is_site(node: fx.Node) -> bool:
+    """Whether ``node`` is a 2-D convolution of a batch; ``conv2d`` also takes a single image."""
+    return node.target in CONV2D and len(shape_hint(_node(node.args[0]))) == 4
 
 
 def _grow(capture: Capture, conv: fx.Node, taken: set[fx.Node], order: dict[fx.Node, int]) -> Site:
@@ -288,7 +293,7 @@ def _residual(node: fx.Node, value: fx.Node) -> fx.Node | None:
 
 
 def _leftover(capture: Capture, node: fx.Node) -> Leftover | None:
-    if node.target in OTHER_CONVOLUTIONS:
+    if node.target in OTHER_CONVOLUTIONS or (node.target in CONV2D and not _is_site(node)):
         name = node.target._schema.name.removeprefix("aten::")
         return Leftover(
             capture.owners[node], name, "no_kernel", f"cvfast has no {name} kernel", node

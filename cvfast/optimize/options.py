@@ -17,7 +17,7 @@ _TORCH_FORMATS = {torch.channels_last: "channels_last", torch.contiguous_format:
 
 @dataclass(frozen=True)
 class Options:
-    """See :func:`cvfast.optimize`; ``memory_format`` is resolved to a layout's name here."""
+    """See :func:`cvfast.optimize`; ``memory_format`` becomes the name of a layout or ``"auto"``."""
 
     dtype: torch.dtype | None = None
     backend: str = "auto"
@@ -43,8 +43,6 @@ class Options:
             raise TypeError(
                 f"dtype must be a floating-point torch.dtype or None; got {self.dtype!r}"
             )
-        if self.memory_format == "auto":
-            object.__setattr__(self, "memory_format", "channels_last")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

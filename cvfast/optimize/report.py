@@ -18,6 +18,7 @@ REASONS = {
     "data_dependent": "a size depends on the data",
     "dynamic_weight": "the weight is computed from the input",
     "hook_present": "a module has hooks, which a captured graph would not call",
+    "internal_error": "cvfast failed on the module; please report it",
     "layout": "the kernel needs channels-last memory, which memory_format rules out",
     "mutation": "the module writes to its input, to a parameter or through a view",
     "no_backend": "no backend serves this operator",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,7 +80,10 @@ class Runner:
             outputs = program(flat)
             out_spec = program.capture.out_spec
             return outputs[0] if out_spec.is_leaf() else pytree.tree_unflatten(outputs, out_spec)
-        return self._run_parts(args, kwargs)
+        result = self._run_parts(args, kwargs)
+        # The inputs were valid, so there is no use in trying to capture for them again.
+        self._remember(key, None)
+        return result
 
     def rows(self) -> list[Row]:
         """The report's rows for this module, from its first program."""
@@ -116,11 +120,14 @@ class Runner:
             except CaptureError as error:
                 if not self.programs:
                     self.failure = error
-        if program is not None or self.failure is not None:
-            if len(self.routes) >= MAX_ROUTES:
-                self.routes.clear()
-            self.routes[key] = program
+        if program is not None:
+            self._remember(key, program)
         return program
+
+    def _remember(self, key: Any, program: Program | None) -> None:
+        if len(self.routes) >= MAX_ROUTES:
+            self.routes.clear()
+        self.routes[key] = program
 
     def _find(self, flat: list[Any], spec: Any) -> Program | None:
         for program in self.programs:
@@ -141,7 +148,18 @@ class Runner:
         return self._add(captured)
 
     def _add(self, captured: Capture) -> Program:
-        program = lower(captured, self.module, self.options, self.prefix)
+        try:
+            program = lower(captured, self.module, self.options, self.prefix)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"cvfast failed on {self.prefix or 'the model'}, which runs as it is; "
+                f"please report this: {message}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.captures.remove(captured)
+            raise CaptureError("internal_error", message) from error
         self.programs.append(program)
         self.watch.accept_weights()
         return program

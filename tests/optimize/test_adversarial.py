@@ -468,6 +468,28 @@ def test_wrong_example_input_raises_as_eager_does(net: nn.Module) -> None:
         cvfast.optimize(net, image(1, 4, 16, 16))
 
 
+def test_a_single_image_without_a_batch(optimize_and_check: Check) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    optimized = optimize_and_check(model, image(3, 9, 11), image(1, 3, 9, 11))
+    assert reasons(optimized) == {"0": "no_kernel", "2": "no_kernel"}
+
+
+def test_a_failure_of_ours_is_reported_and_the_module_runs(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cvfast.optimize import runner
+
+    def fail(*args: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(runner, "lower", fail)
+    with pytest.warns(RuntimeWarning, match=r"please report this: KeyError: 'a bug'"):
+        optimized = cvfast.optimize(net, image(1, 3, 16, 16))
+    check_equal(optimized, net, image(1, 3, 16, 16))
+    assert not optimized.report.fused
+    assert reasons(optimized)["stem.0"] == "internal_error"
+
+
 def test_non_image_network_is_served_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     optimized = cvfast.optimize(model, image(3, 4))
