@@ -71,6 +71,8 @@ def inspect(
         print_json(report.to_dict())
     else:
         print_report(report)
+    if report.verification is not None and not report.verification.ok:
+        raise typer.Exit(1)
 
 
 def print_report(report: Any) -> None:

@@ -94,7 +94,10 @@ class Truth:
         from cvfast.perf.peers import flatten
 
         with torch.no_grad():
-            self.expected = flatten(copy.deepcopy(model).double()(x.double()))
+            try:
+                self.expected = flatten(copy.deepcopy(model).double()(x.double()))
+            except RuntimeError as error:
+                raise fail(f"the network has no float64 run to compare with: {error}") from error
             self.baseline = flatten(copy.deepcopy(model).to(dtype)(x.to(dtype)))
 
     def check(self, outputs: list[torch.Tensor], *, k: float | None = None) -> Verdict:

@@ -19,7 +19,7 @@ from cvfast.ops import _flops
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PANEL = 16  # kDepthwisePanel of csrc/cpu/depthwise.h
 
 _library = torch.library.Library("cvfast", "FRAGMENT")
@@ -109,7 +109,7 @@ def apply_activation(y: Tensor, activation: str) -> Tensor:
 def _cpu_check(x: Tensor) -> Reason | None:
     if x.device.type != "cpu":
         return Reason("device", f"x is on {x.device}, the kernel runs on the CPU")
-    if x.dtype not in _KERNEL_DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     if x.shape[1] != 1 and x.stride(1) != 1:
         return Reason(

@@ -94,7 +94,7 @@ def optimize(
     """
     import copy
 
-    from torch import nn, no_grad
+    from torch import inference_mode, nn
 
     from .module import OptimizedModule, split_inputs
     from .options import Options
@@ -112,7 +112,8 @@ def optimize(
         dry_run=dry_run,
     )
     source = model.original if isinstance(model, OptimizedModule) else model
-    optimized = OptimizedModule(copy.deepcopy(source), options)
+    with inference_mode(False):  # its tensors could not be written to outside
+        optimized = OptimizedModule(copy.deepcopy(source), options)
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
         if optimized.training:
@@ -120,6 +121,5 @@ def optimize(
                 "the model is in training mode: .eval() leads to the fused kernels"
             )
         else:
-            with no_grad():
-                optimized(*args, **kwargs)
+            optimized.prepare(*args, **kwargs)
     return optimized

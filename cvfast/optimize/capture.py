@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .gate import GATE
+from .gate import GATE, Busy
 
 aten = torch.ops.aten
 
@@ -44,15 +44,26 @@ MAX_SIZE_COMPLEXITY = 40
 compounds them at every layer, and tracing EfficientNet-B0 that way took 45 s against 1 s with the
 sizes pinned."""
 
+LAYOUT_DEPENDENT = {
+    aten.as_strided.default,
+    aten.view_as_complex.default,
+    aten.view.dtype,
+}
+"""Operators that fail, or mean something else, once activations are channels-last."""
+
 TO_RESHAPE = {aten.view.default, aten._unsafe_view.default}
 
 
 class CaptureError(Exception):
-    """A module that cannot be captured whole; ``reason`` is the report's code."""
+    """A module that cannot be captured whole; ``reason`` is the report's code.
 
-    def __init__(self, reason: str, message: str) -> None:
+    ``divisible``: whether a copy of it may run instead, its children captured one by one.
+    """
+
+    def __init__(self, reason: str, message: str, *, divisible: bool = True) -> None:
         super().__init__(message)
         self.reason = reason
+        self.divisible = divisible
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Capture:
             return False
         for value, spec in zip(flat, self.specs, strict=True):
             if not isinstance(spec, TensorSpec):
-                if isinstance(value, Tensor) or value != spec:
+                if type(value) is not type(spec) or value != spec:
                     return False
                 continue
             if (
@@ -155,8 +166,11 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Batch, height and width of every 4-D floating-point input are symbolic; whatever the module
     itself pins is pinned in the result's specs. Raises :class:`CaptureError`.
     """
-    with GATE.exclusive():
-        program = _export(module, args, kwargs)
+    try:
+        with GATE.exclusive():
+            program = _export(module, *_distinct((args, kwargs)))
+    except Busy as busy:
+        raise CaptureError("busy", str(busy), divisible=False) from busy
     signature = program.graph_signature
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -202,6 +216,19 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         out_spec=program.call_spec.out_spec,
         owners=owners,
     )
+
+
+def _distinct(tree: Any) -> Any:
+    """``tree`` with a tensor that stands in several places copied: export would make them one."""
+    seen: set[int] = set()
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor) and id(value) in seen:
+            return value.clone()
+        seen.add(id(value))
+        return value
+
+    return pytree.tree_map(copy, tree)
 
 
 def hint(size: Any) -> int:
@@ -265,7 +292,7 @@ def _export_once(
         return None
 
     positional, keywords = pytree.tree_map(dynamic, (args, kwargs))
-    shapes: Any = positional
+    shapes: Any = _by_parameter(module, positional)
     if kwargs:
         shapes = dict(zip(_positional_names(module, len(args)), positional, strict=True)) | keywords
     # Size-oblivious reasoning keeps batch 1 and 0 from being special, so one graph serves every
@@ -275,6 +302,17 @@ def _export_once(
         return torch.export.export(
             module, args, kwargs or None, dynamic_shapes=shapes, strict=False
         )
+
+
+def _by_parameter(module: nn.Module, positional: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What belongs to ``*args`` as one tuple, as export counts a function's parameters."""
+    import inspect
+
+    parameters = inspect.signature(module.forward).parameters.values()
+    for index, parameter in enumerate(parameters):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return (*positional[:index], positional[index:])
+    return positional
 
 
 def _positional_names(module: nn.Module, count: int) -> list[str]:
@@ -351,8 +389,8 @@ def _check_supported(graph: fx.Graph) -> None:
             raise CaptureError("training_mode", "dropout is active")
         if torch.Tag.nondeterministic_seeded in tags and node.target not in DROPOUT:
             raise CaptureError("random", f"{node.target} draws random numbers")
-        if node.target is aten.as_strided.default:
-            raise CaptureError("as_strided", "the network addresses memory through as_strided")
+        if node.target in LAYOUT_DEPENDENT:
+            raise CaptureError("as_strided", f"{node.target} depends on how memory is laid out")
         if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:
             raise CaptureError("bn_training", "a batch norm updates its running statistics")
 
@@ -436,7 +474,10 @@ def _functionalize(graph: fx.Graph, placeholders: set[fx.Node]) -> None:
 
 def _eliminate_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
+        if node.op != "call_function" or node.users:
+            continue
+        schema = _schema(node)
+        if schema is None or schema.returns:  # an assertion returns nothing
             graph.erase_node(node)
 
 

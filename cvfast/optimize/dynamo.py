@@ -12,6 +12,9 @@ from torch import Tensor, fx, nn
 from .module import OptimizedModule
 from .options import Options
 
+MAX_BINDINGS = 64
+"""Sets of parameters and buffers that one graph is kept bound to."""
+
 
 def cvfast(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Run a Dynamo graph on fused kernels at inference, and as it is where gradients are recorded.
@@ -20,15 +23,18 @@ def cvfast(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...
     they are packed anew when a later call brings others or they were written to.
     """
     del example_inputs  # fake tensors; the real ones come with the first call
-    compiled: _Bound | None = None
+    bindings: dict[tuple[int, ...], _Bound] = {}
 
     def run(*args: Any) -> Any:
-        nonlocal compiled
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return graph.forward(*args)
-        if compiled is None or not compiled.serves(args):
-            compiled = _Bound(graph, args)
-        return compiled(args)
+        # Instances of one class share a graph. A binding keeps its tensors, so ids stay theirs.
+        key = tuple(id(a) for a in args if _is_state(a))
+        if key not in bindings:
+            if len(bindings) >= MAX_BINDINGS:
+                bindings.clear()
+            bindings[key] = _Bound(graph, args)
+        return bindings[key](args)
 
     return run
 
@@ -42,9 +48,6 @@ class _Bound:
         self.module = OptimizedModule(network.eval(), Options())
         # The tensors belong to the user's model, who may write to them at any time.
         self.module._exposure.handed_out = True
-
-    def serves(self, args: Sequence[Any]) -> bool:
-        return all(args[i] is tensor for i, tensor in self.constants.items())
 
     def __call__(self, args: Sequence[Any]) -> Any:
         with torch.no_grad():

@@ -13,10 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Gate:
-    """A lock that many threads share or one holds alone; whoever holds it alone may enter again."""
+class Busy(Exception):
+    """The gate was not to be had alone."""
 
-    def __init__(self) -> None:
+
+class Gate:
+    """A lock that many threads share or one holds alone; whoever holds it alone may enter again.
+
+    ``patience``: seconds to wait for the others. A forward that runs its sub-modules in threads of
+    its own shares the gate until they are done, so they must not wait for it for ever.
+    """
+
+    def __init__(self, patience: float = 10.0) -> None:
+        self._patience = patience
         self._condition = threading.Condition()
         self._sharers = 0
         self._owner: int | None = None
@@ -45,24 +54,52 @@ class Gate:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """For tracing. A thread that shares gives its share up until it has traced."""
+        """For tracing. A thread that shares gives its share up until it has traced.
+
+        Raises :class:`Busy`.
+        """
         me = threading.get_ident()
         if self._owner == me:
             yield
             return
+        with self.released():
+            with self._condition:
+                if not self._condition.wait_for(
+                    lambda: self._owner is None and self._sharers == 0, self._patience
+                ):
+                    raise Busy(f"other threads ran modules for {self._patience} seconds")
+                self._owner = me
+            try:
+                yield
+            finally:
+                with self._condition:
+                    self._owner = None
+                    self._condition.notify_all()
+
+    @contextmanager
+    def locked(self, lock: threading.RLock) -> Iterator[None]:
+        """Hold ``lock``; while waiting for it, keep no tracing thread waiting."""
+        with self.released():
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Give up the shares of this thread for a while."""
         shares = self._depth()
         with self._condition:
             self._sharers -= shares
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._owner is None and self._sharers == 0)
-            self._owner = me
         try:
             yield
         finally:
             with self._condition:
-                self._owner = None
+                if shares and self._owner != threading.get_ident():
+                    self._condition.wait_for(lambda: self._owner is None)
                 self._sharers += shares
-                self._condition.notify_all()
 
     def wait(self) -> None:
         """Return once no other thread traces."""

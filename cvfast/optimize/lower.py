@@ -22,11 +22,11 @@ from cvfast.ops.conv import (
     fuses_activation,
     onednn_unsupported,
 )
-from cvfast.ops.depthwise import _KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import ACTIVATIONS as DEPTHWISE_ACTIVATIONS
+from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
 from cvfast.ops.fold import fold_batch_norm
-from cvfast.ops.layout import channels_innermost, channels_last, restore_layout
+from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
 
 from .capture import Capture, shape_hint
 from .match import Leftover, Site, find_sites, read_activation
@@ -34,6 +34,7 @@ from .options import Options
 from .report import Row, skipped
 
 aten = torch.ops.aten
+DEPTHWISE = torch.ops.cvfast.depthwise_prepacked.default
 
 _KEEP_LAYOUT = {
     aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
@@ -61,6 +62,8 @@ class _Call:
     pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]]
     passes: int = 0
     """Elementwise passes over the result that remain beside the kernel."""
+    fold_dtype: torch.dtype | None = None
+    """What folded weights are rounded to; default the site's dtype."""
 
 
 @dataclass(frozen=True)
@@ -231,12 +234,13 @@ class _Lowering:
         return next((call for call in calls if call.backend == best), None), gain
 
     def _emit(self, site: Site, call: _Call) -> fx.Node:
-        x = self._laid_out(
-            site.source, channels_innermost if call.backend == "cpu" else channels_last
-        )
+        if call.backend == "cpu":
+            x = self._with_channels_innermost(site.source)
+        else:
+            x = self._in_channels_last(site.source)
         residual = None
         if site.residual is not None:
-            residual = self._laid_out(site.residual, channels_last)
+            residual = self._in_channels_last(site.residual)
         names = [f"packed_{len(self.packed)}_{i}" for i in range(2)]
         constants = [self._attribute(name) for name in names]
         self.packed.append((names, site, call))
@@ -246,16 +250,23 @@ class _Lowering:
             self.in_channels_last.add(result)
         return result
 
-    def _laid_out(self, node: fx.Node, convert: Callable[[Tensor], Tensor]) -> fx.Node:
+    def _in_channels_last(self, node: fx.Node) -> fx.Node:
+        """``node``'s value for kernels that are faster on channels-last memory."""
         value = self._value(node)
         if not self.use_channels_last or value in self.in_channels_last:
             return value
-        converted = self.graph.call_function(convert, (value,))
+        converted = self.graph.call_function(channels_last, (value,))
         converted.meta["val"] = node.meta["val"]
-        if convert is channels_last:
-            self.in_channels_last.add(converted)
-            self.env[node] = converted
+        self.in_channels_last.add(converted)
+        self.env[node] = converted
         return converted
+
+    def _with_channels_innermost(self, node: fx.Node) -> fx.Node:
+        """``node``'s value for kernels that refuse any other layout; checked where uncertain."""
+        value = self._value(node)
+        if value.target in (conv_onednn, channels_last, DEPTHWISE):
+            return value
+        return self.graph.call_function(channels_innermost, (value,))
 
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for ``node`` in the new graph; a constant becomes an attribute if read."""
@@ -285,16 +296,16 @@ class _Lowering:
                 self.in_channels_last.add(copied)
 
     def _output(self, node: fx.Node) -> fx.Node:
+        if node in self.placeholders:
+            return self.placeholders[node]
         value = self._value(node)
+        if node in self.capture.constant_nodes and node.op == "call_function":
+            # The caller may write to what it gets; this one is computed once.
+            return self.graph.call_function(aten.clone.default, (value,))
         images = [i for i in self.capture.inputs if _rank(i) == 4]
-        if (
-            not self.use_channels_last
-            or _rank(value) != 4
-            or not images
-            or value.op == "placeholder"
-        ):
+        if not self.use_channels_last or _rank(value) < 3 or not images:
             return value
-        if not _was_contiguous(node):
+        if _is_contiguous(images[0]) and _lays_out(node):
             return value
         return self.graph.call_function(restore_layout, (value, self.placeholders[images[0]]))
 
@@ -305,6 +316,8 @@ class _Lowering:
             if node.op != "call_function" or read_activation(node) is None:
                 continue
             source = node.args[0]
+            if source.meta["val"].dtype != node.meta["val"].dtype:
+                continue
             fresh = source.op == "call_function" and (
                 source.target in _FRESH or source.target in kernels
             )
@@ -331,12 +344,14 @@ class _Lowering:
         call: _Call,
         values: dict[fx.Node, Tensor],
     ) -> None:
-        packed = call.pack(*self._folded(site, values))
+        packed = call.pack(*self._folded(site, values, call.fold_dtype))
         for name, tensor in zip(names, (*packed, None), strict=False):
             setattr(module, name, tensor)
 
     @staticmethod
-    def _folded(site: Site, values: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _folded(
+        site: Site, values: dict[fx.Node, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The site's weight and bias with the batch norm folded in."""
         weight = values[site.weight]
         bias = values[site.bias] if site.bias is not None else None
@@ -345,9 +360,8 @@ class _Lowering:
             return weight, bias
         scale = values[norm.weight] if norm.weight is not None else None
         shift = values[norm.bias] if norm.bias is not None else None
-        return fold_batch_norm(
-            weight, bias, values[norm.mean], values[norm.var], scale, shift, norm.eps
-        )
+        mean, var = values[norm.mean], values[norm.var]
+        return fold_batch_norm(weight, bias, mean, var, scale, shift, norm.eps, dtype=dtype)
 
 
 def _store_constant(
@@ -366,7 +380,13 @@ def _is_gate(node: fx.Node) -> bool:
     return shape_hint(node)[2:] == (1, 1)
 
 
-def _was_contiguous(node: fx.Node) -> bool:
+def _lays_out(node: fx.Node) -> bool:
+    """Whether the network itself made this result channels-last."""
+    value = node.meta["val"]
+    return _rank(node) == 4 and not value.is_contiguous() and is_channels_last(value)
+
+
+def _is_contiguous(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_contiguous()
 
@@ -445,14 +465,14 @@ def _depthwise_call(site: Site) -> _Call:
             x, constants[0], list(geometry.kernel), list(geometry.stride), list(geometry.padding),
             list(geometry.dilation), site.activation.name if fused else "none",
         )  # fmt: skip
-        result = graph.call_function(torch.ops.cvfast.depthwise_prepacked.default, arguments)
+        result = graph.call_function(DEPTHWISE, arguments)
         if fused:
             return result
         return graph.call_function(
             activate_, (result, site.activation.name, site.activation.parameters)
         )
 
-    return _Call("cpu", emit, pack, passes=int(not fused))
+    return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
 
 
 def _onednn_call(site: Site) -> _Call:

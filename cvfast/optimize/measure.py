@@ -81,7 +81,7 @@ def kernel_runner(
     constants = [graph.create_node("get_attr", name) for name in names]
     graph.output(emit(graph, constants, x, residual))
     forward = fx.GraphModule(root, graph).forward
-    tensors = list(inputs.values())
+    tensors = [inputs[node] for node in (site.source, site.residual) if node is not None]
 
     def run() -> Any:
         with torch.no_grad():

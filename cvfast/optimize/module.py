@@ -7,13 +7,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .attributes import Attributes, undone
 from .capture import Capture
 from .gate import GATE
 from .options import Options
@@ -53,6 +53,7 @@ class OptimizedModule(nn.Module):
         state["training"] = original.training
         state["_network"] = original
         state["_trainable"] = None
+        state["_tracked"] = None
         state["_options"] = options
         state["_lock"] = threading.RLock()
         state["_checked"] = False
@@ -99,8 +100,16 @@ class OptimizedModule(nn.Module):
         with torch.no_grad():
             result = self._run(*args, **kwargs)
         if torch.is_grad_enabled() and self._wants_gradients():
-            return _without_parameter_gradients(result)
+            return _without_parameter_gradients(result, self._tracked_outputs(args, kwargs))
         return result
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """What the first call would do before it runs: capture, verify and report.
+
+        Leaves the inputs and the network's state as they are.
+        """
+        if not self._checked and self._eligible(args, kwargs):
+            self._check(args, kwargs)
 
     def _run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with GATE.shared():
@@ -144,12 +153,41 @@ class OptimizedModule(nn.Module):
         self._exposure.handed_out = True
         return super().named_children()
 
+    def _named_members(self, *args: Any, **kwargs: Any) -> Any:
+        self._exposure.handed_out = True
+        return super()._named_members(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         self._exposure.handed_out = True
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._network, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_network" not in self.__dict__ or name == "_compiled_call_impl":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._network, name, value)
+            # What forward cannot have read, such as what a hook stores, changes no capture.
+            if name in self._names or isinstance(value, (nn.Module, nn.Parameter)):
+                self._bind()
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._network, name)
+        self._bind()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.original[index]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.original)  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self.original)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return f"OptimizedModule[{self.report.summary()}](\n{self._network!r}\n)"
@@ -176,6 +214,8 @@ class OptimizedModule(nn.Module):
         if dtype is not None:
             working = copy.deepcopy(working).to(dtype)
         self.__dict__["_working"] = working
+        self.__dict__["_tracked"] = None
+        self.__dict__["_names"] = self._network.__dict__.keys() | dir(type(self._network))
         self.__dict__["_runner"] = Runner(
             working, self._options, self._exposure, captures=captures or ()
         )
@@ -189,10 +229,8 @@ class OptimizedModule(nn.Module):
         if stale and (self._watch.structure_changed() or self._watch.weights_changed()):
             with self._lock:
                 self._bind()
-        first = next((t for t in pytree.tree_leaves((args, kwargs)) if _is_floating(t)), None)
         args, kwargs = _cast((args, kwargs), dtype)
-        result = self._runner(*args, **kwargs)
-        return result if first is None else _cast(result, first.dtype)
+        return _cast(self._runner(*args, **kwargs), _dtype_of(self._network))
 
     def _eligible(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call may leave the original path."""
@@ -221,30 +259,63 @@ class OptimizedModule(nn.Module):
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """First call: capture, verify and report."""
-        with GATE.exclusive(), self._lock:
+        with GATE.locked(self._lock):
             if self._checked:
                 return
             start = time.perf_counter()
-            with (
-                torch.no_grad(),
-                _undone(self._network),
-                torch.random.fork_rng(_cuda_devices(args, kwargs)),
-            ):
-                self._run(*args, **kwargs)
+            # The network may draw random numbers: the caller's next ones must be those of one call.
+            random_state = torch.random.fork_rng(_cuda_devices(args, kwargs))
+            with torch.no_grad(), undone(self._network), random_state:
+                self._observe(args, kwargs)
+                try:
+                    self._run(*_cloned(args), **_cloned(kwargs))
+                except Exception as error:
+                    self._disable(error, args, kwargs)
                 verification = self._verify(args, kwargs)
-            self.__dict__["_checked"] = True
             self._fill_report(verification, args, kwargs, time.perf_counter() - start)
+            self.__dict__["_checked"] = True
             if verification is not None and not verification.ok:
                 self._reject(verification)
             elif self._options.on_unsupported == "raise" and not self._options.dry_run:
                 self._require_coverage()
 
+    def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """One run of the original, to see which modules write to their own attributes, which a
+        capture would not do, and which outputs require gradients."""
+        attributes = Attributes(self._network)
+        no_memory = torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)
+        with GATE.shared(), torch.enable_grad(), no_memory:
+            outputs = self._network.forward(*_cloned(args), **_cloned(kwargs))
+        stateful = set(attributes.restore())
+        for ours, working in zip(self._network.modules(), self._working.modules(), strict=True):
+            if ours in stateful:
+                self._exposure.stateful.add(working)
+        if not torch.is_inference_mode_enabled():
+            self.__dict__["_tracked"] = [
+                isinstance(leaf, Tensor) and leaf.requires_grad
+                for leaf in pytree.tree_leaves(outputs)
+            ]
+
+    def _disable(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """After a failure of ours; one that the original shares is raised by it."""
+        self._run_original(_cloned(args), _cloned(kwargs))
+        self.__dict__["_disabled"] = True
+        message = f"{type(error).__name__}: {error}"
+        self.report.notes.append(f"internal_error: {message}")
+        warnings.warn(
+            f"cvfast failed on {self.report.model}, which runs as it is; please report this: "
+            f"{message}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
     def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification | None:
-        if self._options.verify == "off":
+        failed = self._disabled and not self._options.dry_run
+        if failed or self._options.verify == "off" or not self._runner.fused():
             return None
         eager, dtype = self._working, self._options.dtype
         if dtype is not None:
-            eager = _Cast(self._working, dtype)
+            eager = _Cast(self._working, dtype, _dtype_of(self._network))
         return verify(self._run, eager, self._network, args, kwargs)
 
     def _fill_report(
@@ -258,17 +329,21 @@ class OptimizedModule(nn.Module):
         report.rows = runner.rows()
         report.verification = verification
         report.seconds = seconds
-        report.notes = list(runner.all_notes())
+        report.notes += runner.all_notes()
         if self._options.dry_run:
             report.notes.append("dry run: the original network runs")
-        if not runner.programs:
+        if not runner.programs or (self._disabled and not self._options.dry_run):
             return
         program = runner.programs[0]
         flat = pytree.tree_leaves(_cast((args, kwargs), self._options.dtype))
         report.layout_copies = program.count_layout_copies(flat)
         disagrees = verification is not None and not verification.ok
         if self._options.verify == "layers" or disagrees:
-            verdicts = compare_layers(program, self._working, self._network, flat)
+            try:
+                verdicts = compare_layers(program, self._working, self._network, flat)
+            except Exception as error:
+                report.notes.append(f"layers were not compared: {type(error).__name__}: {error}")
+                return
             for site, (_, verdict) in zip(program.sites, verdicts, strict=True):
                 site.row.max_error = verdict.max_error
                 if disagrees and not verdict.ok and not verification.first_disagreement:  # type: ignore[union-attr]
@@ -278,9 +353,9 @@ class OptimizedModule(nn.Module):
         message = (
             f"cvfast: the optimised {self.report.model} differs from the original: {verification}"
         )
+        self.__dict__["_disabled"] = True
         if self._options.on_unsupported == "raise":
             raise VerificationError(message)
-        self.__dict__["_disabled"] = True
         for row in self.report.fused:
             row.status, row.reason = "failed", "verification_failed"
         warnings.warn(f"{message}; the original runs instead", RuntimeWarning, stacklevel=4)
@@ -303,6 +378,14 @@ class OptimizedModule(nn.Module):
             self.__dict__["_trainable"] = trainable
         return cast(bool, self._trainable)
 
+    def _tracked_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
+        """Which outputs of the original require gradients."""
+        if self._tracked is None:
+            random_state = torch.random.fork_rng(_cuda_devices(args, kwargs))
+            with undone(self._network), random_state:
+                self._observe(args, kwargs)
+        return cast("list[bool]", self._tracked)
+
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
@@ -312,16 +395,22 @@ class OptimizedModule(nn.Module):
 class _Cast(nn.Module):
     """A network of another dtype, with inputs cast on the way in and results cast back."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, result_dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         self.module = module
         self.dtype = dtype
+        self.result_dtype = result_dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        first = next((t for t in pytree.tree_leaves((args, kwargs)) if _is_floating(t)), None)
         args, kwargs = _cast((args, kwargs), self.dtype)
-        result = self.module(*args, **kwargs)
-        return result if first is None else _cast(result, first.dtype)
+        return _cast(self.module.forward(*args, **kwargs), self.result_dtype)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a network works in, by its first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 class _NoParameterGradients(torch.autograd.Function):
@@ -329,7 +418,11 @@ class _NoParameterGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
-        return tuple(result.view_as(result) for result in results)
+        # New tensors on the same memory, but no views, which could not be written to.
+        return tuple(
+            r.new_empty(0).set_(r.untyped_storage(), r.storage_offset(), r.shape, r.stride())
+            for r in results
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -339,9 +432,11 @@ class _NoParameterGradients(torch.autograd.Function):
         )
 
 
-def _without_parameter_gradients(result: Any) -> Any:
+def _without_parameter_gradients(result: Any, tracked: list[bool]) -> Any:
     leaves, spec = pytree.tree_flatten(result)
-    places = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
+    places = [i for i, wanted in enumerate(tracked) if wanted]
+    if len(tracked) != len(leaves) or not places:
+        return result
     anchor = torch.empty(0, requires_grad=True)
     guarded = _NoParameterGradients.apply(anchor, *(leaves[i] for i in places))
     for i, leaf in zip(places, guarded, strict=True):
@@ -349,17 +444,13 @@ def _without_parameter_gradients(result: Any) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-@contextmanager
-def _undone(module: nn.Module) -> Iterator[None]:
-    """Put back what runs of ``module`` write to its buffers, as batch norms in training do."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            # Batch norm writes its running statistics without counting a version.
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+def _cloned(tree: Any) -> Any:
+    """For runs beside the caller's own: a network may write to its inputs."""
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, tree)
+
+
+def _nothing(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(0)
 
 
 def _cuda_devices(*trees: Any) -> list[int]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 REASONS = {
-    "as_strided": "the network addresses memory through as_strided",
+    "as_strided": "the network addresses memory by its layout (as_strided and the like)",
     "bn_no_running_stats": "the batch norm has no running statistics",
     "bn_standalone": "the batch norm does not follow a convolution",
     "bn_training": "the batch norm is in training mode",
+    "busy": "other threads ran modules all the while, so that nothing could be traced",
     "control_flow": "the module has data-dependent control flow",
     "custom_object": "the module holds a custom object",
     "data_dependent": "a size depends on the data",
@@ -31,6 +32,7 @@ REASONS = {
     "random": "the module draws random numbers",
     "signature": "the module's signature cannot be traced",
     "slower": "measured slower than the unfused path",
+    "stateful": "forward writes to attributes of the module",
     "training_mode": "the module is in training mode",
     "unsupported_dtype": "no kernel takes this dtype",
     "user_filter": "filter_fn said no",
@@ -113,7 +115,8 @@ class Report:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+        """JSON; a number that is not finite becomes null."""
+        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False)
 
     def to_html(self) -> str:
         """A self-contained page."""
@@ -180,6 +183,9 @@ def skipped(module: str, pattern: str, reason: str, detail: str = "") -> Row:
     return Row(module, pattern, status="skipped", reason=reason, detail=detail or REASONS[reason])
 
 
-def merge(reports: Iterable[list[Row]]) -> list[Row]:
-    """The rows of several parts, in order."""
-    return [row for rows in reports for row in rows]
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -73,8 +73,7 @@ class Runner:
             return self._run_original(args, kwargs)
         program = self.routes.get(key, _MISSING)
         if program is _MISSING:
-            # In this order: whoever waits for the lock must not keep a capture waiting.
-            with GATE.exclusive(), self.lock:
+            with GATE.locked(self.lock):
                 program = self._route(key, flat, spec, args, kwargs)
         if isinstance(program, Program):
             outputs = program(flat)
@@ -100,6 +99,11 @@ class Runner:
         ]
         return convolutions or [skipped(self.prefix, "module", reason, detail)]
 
+    def fused(self) -> bool:
+        """Whether anything at all runs through a program."""
+        parts = self.parts.modules() if self.parts is not None else ()
+        return bool(self.programs) or any(p.runner.fused() for p in parts if isinstance(p, Part))
+
     def all_notes(self) -> Iterator[str]:
         yield from self.notes
         if self.parts is not None:
@@ -122,6 +126,8 @@ class Runner:
                     self.failure = error
         if program is not None:
             self._remember(key, program)
+            self.failure, self.parts = None, None
+            self.notes.clear()
         return program
 
     def _remember(self, key: Any, program: Program | None) -> None:
@@ -139,9 +145,9 @@ class Runner:
         return None
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        reason = opaque(self.module)
+        reason = opaque(self.module, self.exposure)
         if reason is not None:
-            raise CaptureError(*reason)
+            raise CaptureError(*reason, divisible=self.module not in self.exposure.stateful)
         captured = capture(self.module, args, kwargs)
         if captured not in self.captures:
             self.captures.append(captured)
@@ -185,29 +191,31 @@ class Runner:
             return self.module.forward(*args, **kwargs)
 
     def _run_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (
-            self.failure is None
-            or self.failure.reason == "parts_failed"
-            or not list(self.module.children())
-        ):
+        failure = self.failure
+        if failure is None or not failure.divisible or not _divisible(self.module):
             return self._run_original(args, kwargs)
-        with self.lock:
-            if self.parts is None:
-                self.parts = split(self.module, self.options, self.exposure, self.prefix)
-                self.notes.append(
-                    f"{self.prefix or 'the model'} runs by its parts "
-                    f"({self.failure.reason}: {self.failure})"
-                )
-            parts = self.parts
         try:
+            with GATE.locked(self.lock):
+                if self.parts is None:
+                    self.parts = split(self.module, self.options, self.exposure, self.prefix)
+                    self.notes.append(
+                        f"{self.prefix or 'the model'} runs by its parts "
+                        f"({failure.reason}: {failure})"
+                    )
+                parts = self.parts
             with GATE.shared():
                 return parts.forward(*args, **kwargs)
         except Exception as error:
             # The original decides whether the inputs were at fault: then it raises its own error.
             result = self._run_original(args, kwargs)
             self.parts = None
-            self.failure = CaptureError("parts_failed", f"{type(error).__name__}: {error}")
+            message = f"{type(error).__name__}: {error}"
+            self.failure = CaptureError("parts_failed", message, divisible=False)
             return result
+
+
+def _divisible(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.children())
 
 
 class Part(nn.Module):
@@ -217,6 +225,7 @@ class Part(nn.Module):
         self, module: nn.Module, options: Options, exposure: Exposure, prefix: str
     ) -> None:
         super().__init__()
+        self.__dict__.update(module.__dict__)
         self.__dict__["runner"] = Runner(module, options, exposure, prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,19 +244,22 @@ class Part(nn.Module):
         return len(self.runner.module)
 
 
-def opaque(module: nn.Module) -> tuple[str, str] | None:
-    """Why a module cannot be captured whole: hooks below it, or a part of it in training mode."""
+def opaque(module: nn.Module, exposure: Exposure) -> tuple[str, str] | None:
+    """Why a module cannot be captured whole: hooks, state of its own, a part in training mode."""
     for name, child in module.named_modules():
+        path = name or "the module"
         if child.training:
-            reason = (
-                "bn_training"
-                if isinstance(child, nn.modules.batchnorm._BatchNorm)
-                else "training_mode"
-            )
-            return reason, f"{name or 'the module'} is in training mode"
-        if child is not module and (child._forward_hooks or child._forward_pre_hooks):
-            return "hook_present", f"{name} has forward hooks"
+            norm = isinstance(child, nn.modules.batchnorm._BatchNorm)
+            return "bn_training" if norm else "training_mode", f"{path} is in training mode"
+        if _hooked(child):
+            return "hook_present", f"{path} has forward hooks"
+        if child in exposure.stateful:
+            return "stateful", f"the forward of {path} writes to its attributes"
     return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def split(module: nn.Module, options: Options, exposure: Exposure, prefix: str) -> nn.Module:
@@ -264,8 +276,11 @@ def split(module: nn.Module, options: Options, exposure: Exposure, prefix: str) 
 def _part(module: nn.Module, options: Options, exposure: Exposure, prefix: str) -> nn.Module:
     if not any(isinstance(m, _CONVOLUTIONS) for m in module.modules()):
         return module
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-    if hooked or module.training or type(module).forward is nn.Module.forward:
+    # Hooks and state must see the module itself, not a copy.
+    itself = _hooked(module) or module in exposure.stateful
+    if itself or isinstance(module, torch.jit.ScriptModule):
+        return module
+    if module.training or type(module).forward is nn.Module.forward:
         return split(module, options, exposure, prefix)
     return Part(module, options, exposure, prefix)
 
@@ -273,18 +288,26 @@ def _part(module: nn.Module, options: Options, exposure: Exposure, prefix: str) 
 def _part_rows(copy: nn.Module, module: nn.Module, prefix: str) -> list[Row]:
     rows: list[Row] = []
     for name, child in module._modules.items():
-        if child is None:
-            continue
         stand_in = copy._modules[name]
         path = _join(prefix, name)
+        if child is None or stand_in is None:
+            continue
         if isinstance(stand_in, Part):
             rows += stand_in.runner.rows()
-        elif stand_in is not None and stand_in is not child:
-            if isinstance(child, _CONVOLUTIONS):
-                hooked = bool(child._forward_hooks or child._forward_pre_hooks)
-                rows.append(skipped(path, "conv", "hook_present" if hooked else "training_mode"))
-            else:
-                rows += _part_rows(stand_in, child, path)
+        elif stand_in is not child:
+            rows += _part_rows(stand_in, child, path)
+        else:
+            rows += _rows_as_it_is(child, path)
+    return rows
+
+
+def _rows_as_it_is(module: nn.Module, prefix: str) -> list[Row]:
+    """Rows for the convolutions and batch norms of a module that runs itself."""
+    rows: list[Row] = []
+    for name, child in module.named_modules():
+        path = _join(prefix, name)
+        if isinstance(child, _CONVOLUTIONS):
+            rows.append(skipped(path, "conv", "hook_present" if _hooked(module) else "stateful"))
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             rows.append(skipped(path, "bn", "bn_training" if child.training else "bn_standalone"))
     return rows

@@ -69,6 +69,24 @@ def test_written_and_replaced_weights_are_followed(
         torch.testing.assert_close(compiled(x), net(x))
 
 
+def test_instances_of_one_class_are_bound_once_each(bound: list[OptimizedModule]) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).relu()
+
+    blocks = nn.Sequential(*(Block() for _ in range(3))).eval()
+    compiled = nn.Sequential(*(torch.compile(block, backend=dynamo.cvfast) for block in blocks))
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), blocks(x))
+    assert len(bound) == 3
+
+
 def test_training_gets_its_gradients(net: nn.Module, bound: list[OptimizedModule]) -> None:
     x = torch.randn(4, 3, 16, 16)
     net.train()
