@@ -110,7 +110,12 @@ class OneDnnWeight:
         return self._pack(shape) if packed is None else packed
 
     def _pack(self, shape: torch.Size) -> Tensor:
-        packed = self._reorder(next(iter(self._layouts.values())), shape)
+        known = next(iter(self._layouts.values()))
+        try:
+            packed = self._reorder(known, shape)
+        except RuntimeError:
+            # torch 2.11 cannot reorder some packed weights; it then does so on each call.
+            packed = known
         layout = _layout(packed)
         if len(self._packed) >= self.MAX_SHAPES:
             self._packed, self._layouts = {}, {layout: packed}
@@ -146,10 +151,14 @@ def conv_onednn(
     ops = torch.ops.mkldnn
     packed = weight.packed_for(x.shape)
     geometry = (weight.padding, weight.stride, weight.dilation, weight.groups)
-    if residual is not None:
+    # For a single pixel the strides do not tell the layout, and torch 2.11 fails to fuse the sum.
+    if residual is not None and residual.shape[2:].numel() > 1:
         out: Tensor = ops._convolution_pointwise.binary(
             x, residual, packed, bias, *geometry, "add", 1.0, None, [], None
         )
+    elif residual is not None:
+        out = ops._convolution_pointwise.default(x, packed, bias, *geometry, "none", [], "")
+        out.add_(residual)
     else:
         attribute = _ONEDNN_ATTRIBUTE.get(activation)
         if attribute is not None:
