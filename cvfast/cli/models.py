@@ -77,19 +77,10 @@ def inspect(
 
 def print_report(report: Any) -> None:
     """Writes the rows of a `cvfast.optimize.Report` as a table, its notes and its summary."""
-    columns = ("module", "pattern", "backend", "status", "MFLOP", "kB saved", "gain", "reason")
-    table = Table(columns, right=("MFLOP", "kB saved", "gain"))
-    for row in report.rows:
-        table.add(
-            row.module or "(root)",
-            row.pattern,
-            row.backend,
-            row.status,
-            f"{row.flops / 1e6:.1f}" if row.flops else "",
-            f"{row.bytes_saved / 1e3:.0f}" if row.bytes_saved else "",
-            f"{row.gain:.2f}" if row.gain is not None else "",
-            f"{row.reason}: {row.detail}" if row.detail else row.reason,
-        )
+    columns, rows = report.table()
+    table = Table(columns, right=("MFLOP", "kB saved", "gain", "max error"))
+    for cells in rows:
+        table.add(*cells)
     table.print()
     for remark in report.notes:
         print(f"note: {remark}")

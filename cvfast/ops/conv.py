@@ -1,11 +1,8 @@
-"""``conv``: k x k convolution + bias + optional residual + activation, any groups, NCHW or
-channels-last.
+"""``conv``: k x k convolution + bias + optional residual + activation, any groups.
 
 Implementations: ``reference`` (plain PyTorch; any dtype, device and layout) and ``onednn`` (oneDNN
-    through
-PyTorch on the CPU: weights reordered once into the library's blocked layout, bias, residual and
-    those
-activations fused that treat NaN as PyTorch does).
+through PyTorch on the CPU: weights reordered into the library's blocked layout, bias, residual and
+those activations fused that treat NaN as PyTorch does).
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""Capture: a module and example inputs -> an ATen graph that holds for other batch and image sizes
-too.
+"""Capture: a module and example inputs -> an ATen graph that holds for other sizes too.
 
 ``torch.export`` traces the module with symbolic sizes. The graph is then normalised until a matcher
 can read it: parameters and what is computed from parameters alone (weight norm, weight
-    standardisation) are
-*constants*, in-place operators are functional, and views are reshapes, so that any memory format
-will do. What cannot be brought into that form raises :class:`CaptureError` with a reason code for
-the report.
+standardisation) are *constants*, in-place operators are functional, and views are reshapes, so that
+any memory format will do. What cannot be brought into that form raises :class:`CaptureError` with a
+reason code for the report.
 """
 
 from __future__ import annotations

@@ -56,8 +56,6 @@ class OptimizedModule(nn.Module):
         state["_tracked"] = None
         state["_options"] = options
         state["_lock"] = threading.RLock()
-        state["_checked"] = False
-        state["_disabled"] = options.dry_run
         state["_warned"] = set()
         state["_exposure"] = Exposure()
         state["report"] = Report(type(original).__name__)
@@ -194,13 +192,13 @@ class OptimizedModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
         twin = OptimizedModule(copy.deepcopy(self._network, memo), self._options)
+        if self._working is self._network:
+            twin._bind(self._runner.captures)
         twin.__dict__.update(
             _checked=self._checked,
             _disabled=self._disabled,
             report=copy.deepcopy(self.report, memo),
         )
-        if self._working is self._network:
-            twin._bind(self._runner.captures)
         memo[id(self)] = twin
         return twin
 
@@ -209,7 +207,9 @@ class OptimizedModule(nn.Module):
         return OptimizedModule, (self._network, self._options)
 
     def _bind(self, captures: list[Capture] | None = None) -> None:
-        """Start over on the original's present weights; captures are kept where given."""
+        """Start over on the original as it is now, to be checked anew; captures may be kept."""
+        self.__dict__["_checked"] = False
+        self.__dict__["_disabled"] = self._options.dry_run
         working, dtype = self._network, self._options.dtype
         if dtype is not None:
             working = copy.deepcopy(working).to(dtype)
@@ -263,6 +263,7 @@ class OptimizedModule(nn.Module):
             if self._checked:
                 return
             start = time.perf_counter()
+            self.report.notes.clear()
             # The network may draw random numbers: the caller's next ones must be those of one call.
             random_state = torch.random.fork_rng(_cuda_devices(args, kwargs))
             with torch.no_grad(), undone(self._network), random_state:

@@ -138,6 +138,10 @@ class Report:
             f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></body></html>"
         )
 
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Column names and the rows' cells, as text."""
+        return _COLUMNS, [_cells(row) for row in self.rows]
+
     def __str__(self) -> str:
         table = [_COLUMNS, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import textwrap
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import cvfast
+from cvfast.optimize import Report
 
 
 @pytest.fixture
@@ -63,14 +63,7 @@ class Wrong(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.report = SimpleNamespace(
-            rows=[],
-            notes=[],
-            coverage=0.0,
-            verification=None,
-            summary=lambda: "nothing fused",
-            to_dict=lambda: {"rows": []},
-        )
+        self.report = Report("Wrong")
 
     def forward(self, x):
         return 1.001 * self.model(x)

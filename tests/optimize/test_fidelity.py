@@ -401,3 +401,13 @@ def test_a_scripted_part_runs_as_it_is() -> None:
     optimized = cvfast.optimize(model, X)
     with torch.no_grad():
         torch.testing.assert_close(optimized(X), model(X))
+
+
+def test_a_changed_network_is_checked_anew(net: nn.Module) -> None:
+    optimized = cvfast.optimize(net, image(1, 3, 16, 16))
+    stateful = Net(_count, channels=3)
+    optimized.stem = nn.Sequential(stateful, nn.Conv2d(4, 16, 1)).eval()
+    with torch.no_grad():
+        first, second = (optimized(image(1, 3, 16, 16)) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert "stateful" in reasons(optimized).values()
