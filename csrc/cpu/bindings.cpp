@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/conv.h"
 #include "cpu/depthwise.h"
 #include "cpu/isa.h"
 
@@ -114,6 +115,164 @@ Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
     return out;
 }
 
+cvfast::ConvAlgorithm parse_algorithm(const std::string& name) {
+    for (int i = 0; const auto known : cvfast::kConvAlgorithmNames) {
+        if (name == known) return static_cast<cvfast::ConvAlgorithm>(i);
+        ++i;
+    }
+    STD_TORCH_CHECK(false, "cvfast::conv_cpu: unknown algorithm '", name,
+                    "'; expected direct, winograd_f2 or winograd_f4");
+    return cvfast::ConvAlgorithm::direct;
+}
+
+void check_image(const char* name, const Tensor& t, const Tensor& x,
+                 std::initializer_list<int64_t> sizes) {
+    bool fits = t.dim() == 4;
+    for (int i = 0; const int64_t size : sizes) fits = fits && t.size(i++) == size;
+    const int64_t* s = sizes.begin();
+    STD_TORCH_CHECK(fits, "cvfast::conv_cpu: ", name, " must be [", s[0], ", ", s[1], ", ", s[2],
+                    ", ", s[3], "]");
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_cpu(), "cvfast::conv_cpu: ", name,
+                    " must have the dtype of x and be on the CPU");
+    STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, "cvfast::conv_cpu: ", name,
+                    " must be channels-last (stride 1 along C); use "
+                    "contiguous(memory_format=torch.channels_last)");
+}
+
+cvfast::ImageStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(2), t.stride(3)}; }
+
+cvfast::ConvShape conv_shape(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& x2,
+                             const std::vector<int64_t>& kernel_size, int64_t out_channels,
+                             const std::vector<int64_t>& stride,
+                             const std::vector<int64_t>& padding,
+                             const std::vector<int64_t>& dilation, const std::string& activation,
+                             cvfast::ConvAlgorithm algorithm) {
+    STD_TORCH_CHECK(x.dim() == 4, "cvfast::conv_cpu: x must be [N, C, H, W], got ", x.dim(),
+                    " dimensions");
+    check_image("x", x, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
+                        dilation.size() == 2,
+                    "cvfast::conv_cpu: kernel_size, stride, padding and dilation take two numbers "
+                    "each");
+    for (int i = 0; i < 2; ++i) {
+        STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+                        "cvfast::conv_cpu: kernel_size, stride and dilation must be positive, "
+                        "padding not negative");
+    }
+    cvfast::ConvShape s{};
+    s.batch = x.size(0), s.height = x.size(2), s.width = x.size(3);
+    s.in_channels = s.x_channels = x.size(1);
+    s.x = strides_of(x);
+    if (x2) {
+        STD_TORCH_CHECK(x2->dim() == 4, "cvfast::conv_cpu: x2 must be [N, C, H, W], got ",
+                        x2->dim(), " dimensions");
+        check_image("x2", *x2, x, {s.batch, x2->size(1), s.height, s.width});
+        STD_TORCH_CHECK(s.x_channels % 16 == 0,
+                        "cvfast::conv_cpu: with x2, the channels of x must "
+                        "be a multiple of 16, got ",
+                        s.x_channels);
+        s.in_channels += x2->size(1);
+        s.x2 = strides_of(*x2);
+    }
+    s.kernel_h = kernel_size[0], s.kernel_w = kernel_size[1];
+    s.stride_h = stride[0], s.stride_w = stride[1];
+    s.pad_top = padding[0], s.pad_left = padding[1];
+    s.dilation_h = dilation[0], s.dilation_w = dilation[1];
+    s.out_channels = out_channels;
+    s.out_height = positions(s.height, s.pad_top, s.dilation_h, s.kernel_h, s.stride_h);
+    s.out_width = positions(s.width, s.pad_left, s.dilation_w, s.kernel_w, s.stride_w);
+    s.activation = parse_activation(activation);
+    STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
+                    "cvfast::conv_cpu: the kernel is larger than the padded image ", s.height, "x",
+                    s.width);
+
+    int64_t taps = s.kernel_h * s.kernel_w;
+    if (algorithm != cvfast::ConvAlgorithm::direct) {
+        STD_TORCH_CHECK(s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+                            s.dilation_h == 1 && s.dilation_w == 1,
+                        "cvfast::conv_cpu: Winograd's algorithms take 3x3 kernels of stride and "
+                        "dilation 1; use algorithm 'direct'");
+        taps = algorithm == cvfast::ConvAlgorithm::winograd_f2 ? 16 : 36;
+    }
+    constexpr int64_t kPanel = cvfast::kConvPanel;
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_cpu() &&
+                        packed.is_contiguous() && packed.dim() == 3 && out_channels > 0 &&
+                        packed.size(0) == (out_channels + kPanel - 1) / kPanel &&
+                        packed.size(1) == taps * s.in_channels + 1 && packed.size(2) == kPanel,
+                    "cvfast::conv_cpu: packed does not come from prepack() for a ", s.kernel_h, "x",
+                    s.kernel_w, " kernel from ", s.in_channels, " to ", out_channels,
+                    " channels and this algorithm");
+    return s;
+}
+
+void run_conv(cvfast::ConvShape s, cvfast::ConvAlgorithm algorithm, const Tensor& x,
+              const Tensor& packed, const std::optional<Tensor>& residual,
+              const std::optional<Tensor>& x2, Tensor& out) {
+    check_image("out", out, x, {s.batch, s.out_channels, s.out_height, s.out_width});
+    s.out = strides_of(out);
+    if (residual) {
+        check_image("residual", *residual, x, {s.batch, s.out_channels, s.out_height, s.out_width});
+        s.residual = strides_of(*residual);
+    }
+    if (s.batch == 0) return;
+    const cvfast::Parallel parallel = torch_pool();
+    const cvfast::ConvPlan plan = cvfast::conv_plan(s, algorithm, parallel.threads);
+    // torch aligns what it allocates to 64 bytes.
+    const int64_t bytes[] = {cvfast::conv_workspace_bytes(plan)};
+    Tensor workspace = torch::stable::empty(bytes, ScalarType::Byte);
+    const auto run = [&]<class T>(std::type_identity<T>) {
+        const auto data = [](const std::optional<Tensor>& t) {
+            return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+        };
+        const cvfast::ConvOperands<T> operands{static_cast<const T*>(x.const_data_ptr()), data(x2),
+                                               static_cast<const float*>(packed.const_data_ptr()),
+                                               data(residual),
+                                               static_cast<T*>(out.mutable_data_ptr())};
+        cvfast::conv(s, plan, operands, workspace.mutable_data_ptr(), parallel);
+    };
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            run(std::type_identity<float>{});
+            break;
+        case ScalarType::BFloat16:
+            run(std::type_identity<cvfast::BFloat16>{});
+            break;
+        case ScalarType::Half:
+            run(std::type_identity<cvfast::Half>{});
+            break;
+        default:
+            STD_TORCH_CHECK(false, "cvfast::conv_cpu: x must be float32, bfloat16 or float16");
+    }
+}
+
+Tensor conv_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
+                const std::optional<Tensor>& x2, const std::vector<int64_t>& kernel_size,
+                int64_t out_channels, const std::vector<int64_t>& stride,
+                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                const std::string& activation, const std::string& algorithm) {
+    const auto chosen = parse_algorithm(algorithm);
+    const auto s = conv_shape(x, packed, x2, kernel_size, out_channels, stride, padding, dilation,
+                              activation, chosen);
+    const int64_t sizes[] = {s.batch, s.out_channels, s.out_height, s.out_width};
+    Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, std::nullopt,
+                                      std::nullopt, MemoryFormat::ChannelsLast);
+    run_conv(s, chosen, x, packed, residual, x2, out);
+    return out;
+}
+
+void conv_cpu_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
+                  const std::optional<Tensor>& x2, const std::vector<int64_t>& kernel_size,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, const std::string& activation,
+                  const std::string& algorithm, Tensor out) {
+    const auto chosen = parse_algorithm(algorithm);
+    STD_TORCH_CHECK(out.dim() == 4, "cvfast::conv_cpu: out must be [N, C, H, W], got ", out.dim(),
+                    " dimensions");
+    const auto s = conv_shape(x, packed, x2, kernel_size, out.size(1), stride, padding, dilation,
+                              activation, chosen);
+    run_conv(s, chosen, x, packed, residual, x2, out);
+}
+
 std::string cpu_isa_levels() {
     std::string names;
     for (int level = 0; level <= static_cast<int>(cvfast::best_isa()); ++level) {
@@ -142,6 +301,8 @@ void cpu_select_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
     m.impl("depthwise_prepacked", TORCH_BOX(&depthwise_prepacked));
+    m.impl("conv_cpu", TORCH_BOX(&conv_cpu));
+    m.impl("conv_cpu_out", TORCH_BOX(&conv_cpu_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CompositeExplicitAutograd, m) {

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/activation.h"
 #include "common/types.h"
 #include "cpu/isa.h"
 
@@ -38,6 +39,7 @@
 
 #define CVFAST_ISA_NAMESPACE portable
 #include "cpu/simd_portable.h"
+#include "cpu/opaque.h"
 #include "cpu/activation.h"
 #include CVFAST_KERNEL_SOURCE
 #undef CVFAST_ISA_NAMESPACE
@@ -47,6 +49,7 @@
 CVFAST_TARGET_BEGIN("avx2,fma,f16c")
 #define CVFAST_ISA_NAMESPACE avx2
 #include "cpu/simd_avx2.h"
+#include "cpu/opaque.h"
 #include "cpu/activation.h"
 #include CVFAST_KERNEL_SOURCE
 #undef CVFAST_ISA_NAMESPACE
@@ -55,6 +58,7 @@ CVFAST_TARGET_END
 CVFAST_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define CVFAST_ISA_NAMESPACE avx512
 #include "cpu/simd_avx512.h"
+#include "cpu/opaque.h"
 #include "cpu/activation.h"
 #include CVFAST_KERNEL_SOURCE
 #undef CVFAST_ISA_NAMESPACE

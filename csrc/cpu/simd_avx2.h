@@ -55,11 +55,17 @@ CVFAST_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 CVFAST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+CVFAST_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
 // MAXPS and MINPS return their second operand where either is NaN.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return _mm256_max_ps(set1(bound), x); }
 CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) { return _mm256_min_ps(set1(bound), x); }
+
+CVFAST_INLINE bool all_finite(Vec v) {
+    const Vec nan = mul(v, set1(0.f));  // that of an infinity is NaN too
+    return _mm256_movemask_ps(_mm256_cmp_ps(nan, nan, _CMP_UNORD_Q)) == 0;
+}
 
 }  // namespace cvfast::CVFAST_ISA_NAMESPACE

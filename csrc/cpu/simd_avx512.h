@@ -53,11 +53,17 @@ CVFAST_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 CVFAST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+CVFAST_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 // MAXPS and MINPS return their second operand where either is NaN.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return _mm512_max_ps(set1(bound), x); }
 CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) { return _mm512_min_ps(set1(bound), x); }
+
+CVFAST_INLINE bool all_finite(Vec v) {
+    constexpr int kNanOrInfinity = 0x99;  // quiet NaN, the two infinities, signalling NaN
+    return _mm512_fpclass_ps_mask(v, kNanOrInfinity) == 0;
+}
 
 }  // namespace cvfast::CVFAST_ISA_NAMESPACE

@@ -40,6 +40,7 @@ CVFAST_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 CVFAST_INLINE Vec add(Vec a, Vec b) { return a + b; }
+CVFAST_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
@@ -51,6 +52,14 @@ CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) {
 CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) {
     const Vec b = set1(bound);
     return x > b ? b : x;
+}
+
+CVFAST_INLINE bool all_finite(Vec v) {
+    const Vec nan = v * 0.f;  // that of an infinity is NaN too
+    for (int i = 0; i < kLanes; ++i) {
+        if (nan[i] != nan[i]) return false;
+    }
+    return true;
 }
 
 }  // namespace cvfast::CVFAST_ISA_NAMESPACE

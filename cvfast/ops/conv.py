@@ -1,18 +1,26 @@
 """``conv``: k x k convolution + bias + optional residual + activation, any groups.
 
-Implementations: ``reference`` (plain PyTorch; any dtype, device and layout) and ``onednn`` (oneDNN
+Implementations: ``reference`` (plain PyTorch; any dtype, device and layout), ``onednn`` (oneDNN
 through PyTorch on the CPU: weights reordered into the library's blocked layout, bias, residual and
-those activations fused that treat NaN as PyTorch does).
+those activations fused that treat NaN as PyTorch does) and ``cpu`` (cvfast's own kernels for one
+group: direct, or Winograd's minimal filtering for 3 x 3 kernels at stride and dilation 1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvfast import backends
+from cvfast.backends import Reason
+
+from . import _flops
 from .activation import NONE, Activation, activate_
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -204,6 +212,344 @@ def bytes_moved(
     ``passes`` counts elementwise passes over the result that are not fused (batch norm, activation,
     addition); each reads and writes it once more.
     """
-    from math import prod
-
     return itemsize * (prod(x_shape) + prod(weight_shape) + prod(out_shape) * (1 + 2 * passes))
+
+
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
+ALGORITHMS = ("direct", "winograd_f2", "winograd_f4")
+
+_PANEL = 16  # kConvPanel of csrc/cpu/conv.h
+
+# The transforms G of 3-tap kernels, u = G g; the rest of each algorithm is in
+# csrc/cpu/winograd_kernel.h. Winograd, 1980; Lavin and Gray, 2016.
+_HALF = Fraction(1, 2)
+_F2 = ((1, 0, 0), (_HALF, _HALF, _HALF), (_HALF, -_HALF, _HALF), (0, 0, 1))
+
+
+def _toom_cook(points: Sequence[Fraction]) -> tuple[tuple[Fraction | int, ...], ...]:
+    """G for these interpolation points and infinity."""
+    rows: list[tuple[Fraction | int, ...]] = []
+    for i, p in enumerate(points):
+        scale = prod((p - q for j, q in enumerate(points) if j != i), start=Fraction(1))
+        rows.append((1 / scale, p / scale, p * p / scale))
+    return (*rows, (0, 0, 1))
+
+
+_A, _B = Fraction(5, 8), Fraction(3, 2)
+_F4 = _toom_cook((Fraction(0), _A, -_A, _B, -_B))
+_KERNEL_TRANSFORMS = {"winograd_f2": _F2, "winograd_f4": _F4}
+
+_library = torch.library.Library("cvfast", "FRAGMENT")
+_library.define(
+    "conv_cpu(Tensor x, Tensor packed, Tensor? residual, Tensor? x2, int[2] kernel_size, "
+    "int out_channels, int[2] stride, int[2] padding, int[2] dilation, str activation, "
+    "str algorithm) -> Tensor",
+    tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
+)
+_library.define(
+    "conv_cpu_out(Tensor x, Tensor packed, Tensor? residual, Tensor? x2, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, str activation, str algorithm, "
+    "Tensor(a!) out) -> ()",
+    tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
+)
+
+
+def conv_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    residual: Tensor | None = None,
+    x2: Tensor | None = None,
+    activation: str = "none",
+    algorithm: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`conv` of one group by cvfast's CPU kernels; packs the weight on each call.
+
+    To pack once, call :func:`prepack` and ``torch.ops.cvfast.conv_cpu``. Sums are float32 in every
+    dtype, and results do not depend on the number of threads.
+
+    Args:
+        x: [N, C, H, W], channels-last (adjacent channels; images, rows and pixels may lie apart, as
+            in a channel slice); float32, bfloat16 or float16.
+        weight: [K, C, R, S], or [K, C + C2, R, S] with ``x2``; dtype of ``x``.
+        bias: [K].
+        residual: [N, K, P, Q], channels-last; added before the activation.
+        x2: [N, C2, H, W], channels-last: the channels after those of ``x``, as if the two were
+            concatenated. C must then be a multiple of 16.
+        activation: one of ``CPU_ACTIVATIONS``.
+        algorithm: ``"auto"`` (see :func:`choose_algorithm`) or one of ``ALGORITHMS``.
+        out: [N, K, P, Q], channels-last, to write to, e.g. a channel slice of a wider buffer; must
+            not overlap what is read. Default: a fresh tensor.
+
+    Raises:
+        ValueError: for arguments that do not fit together, or an unknown activation or algorithm.
+        TypeError: for dtypes that differ.
+        cvfast.backends.Unsupported: for a dtype, device or layout that the kernels do not take.
+    """
+    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
+    _validate(x, weight, bias, stride, padding, dilation, residual, x2, activation, out)
+    backends.select("conv", "cpu", x.device, x)
+    if algorithm == "auto":
+        shape = (x.shape[0], weight.shape[1], *x.shape[2:])
+        algorithm = choose_algorithm(
+            shape, weight.shape, stride=stride, padding=padding, dilation=dilation
+        )
+        if not weight.isfinite().all():
+            algorithm = "direct"
+    _check_algorithm(algorithm, weight.shape[2:], stride, dilation)
+    packed = prepack(weight, bias, algorithm=algorithm)
+    operands = (x, packed, residual, x2, weight.shape[2:])
+    geometry = (stride, padding, dilation, activation, algorithm)
+    ops = torch.ops.cvfast
+    if out is None:
+        fresh: Tensor = ops.conv_cpu(*operands, weight.shape[0], *geometry)
+        return fresh
+    ops.conv_cpu_out(*operands, *geometry, out)
+    return out
+
+
+@backends.register("conv", "cpu")
+def _cpu_check(x: Tensor) -> Reason | None:
+    if x.device.type != "cpu":
+        return Reason("device", f"x is on {x.device}, the kernel runs on the CPU")
+    if x.dtype not in CPU_DTYPES:
+        return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
+    if x.shape[1] != 1 and x.stride(1) != 1:
+        return Reason(
+            "layout",
+            "x is not channels-last (stride 1 along C); convert it once with "
+            "x.contiguous(memory_format=torch.channels_last)",
+        )
+    return None
+
+
+def winograd_serves(
+    kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Whether Winograd's algorithms take this convolution: 3 x 3, stride and dilation 1."""
+    return tuple(kernel_size) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1)
+
+
+def prepack(weight: Tensor, bias: Tensor | None = None, *, algorithm: str = "direct") -> Tensor:
+    """Weights in the layout that ``cvfast::conv_cpu`` reads; carries no gradient.
+
+    Args:
+        weight: [K, C, R, S], any floating dtype.
+        bias: [K] or None, which counts as zeros.
+        algorithm: one of ``ALGORITHMS``. Those of Winograd transform the kernels, in float64.
+
+    Returns:
+        float32 [ceil(K / 16), T*C + 1, 16]: panels of 16 output channels, rows by tap and input
+        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2) or 36 (F4).
+
+    Raises:
+        ValueError: for an unknown algorithm, a shape that it does not take, or weights that are not
+            finite under an algorithm of Winograd's, whose transform would spread them.
+    """
+    if weight.dim() != 4:
+        raise ValueError(
+            f"conv.prepack: weight has shape {tuple(weight.shape)}, expected [K, C, R, S]"
+        )
+    _check_algorithm(algorithm, weight.shape[2:], (1, 1), (1, 1))
+    weight = weight.detach()
+    if algorithm == "direct":
+        taps = weight.to(torch.float32)
+    else:
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"conv.prepack: weight holds NaN or infinity, which {algorithm} would spread over "
+                "its taps; use algorithm='direct'"
+            )
+        rows = [[float(v) for v in row] for row in _KERNEL_TRANSFORMS[algorithm]]
+        g = torch.tensor(rows, dtype=torch.float64, device=weight.device)
+        taps = (g @ weight.double() @ g.T).to(torch.float32)
+    k = weight.shape[0]
+    matrix = taps.permute(0, 2, 3, 1).reshape(k, -1)
+    if bias is None:
+        matrix = F.pad(matrix, (0, 1))
+    else:
+        matrix = torch.cat([matrix, bias.detach().to(torch.float32).unsqueeze(1)], dim=1)
+    matrix = F.pad(matrix, (0, 0, 0, -k % _PANEL))
+    return matrix.reshape(-1, _PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
+
+
+def choose_algorithm(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    allow_f4: bool = False,
+) -> str:
+    """The fastest of ``ALGORITHMS`` by count; F4, whose error is larger, only where allowed."""
+    return "winograd_f2" if winograd_serves(weight_shape[2:], stride, dilation) else "direct"
+
+
+def _check_algorithm(
+    algorithm: str, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> None:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"conv: unknown algorithm {algorithm!r}; expected {', '.join(ALGORITHMS)}"
+        )
+    if algorithm != "direct" and not winograd_serves(kernel_size, stride, dilation):
+        raise ValueError(
+            f"conv: {algorithm} takes 3x3 kernels of stride and dilation 1, not "
+            f"{kernel_size[0]}x{kernel_size[1]} with stride {tuple(stride)} and dilation "
+            f"{tuple(dilation)}; use algorithm='direct'"
+        )
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    residual: Tensor | None,
+    x2: Tensor | None,
+    activation: str,
+    out: Tensor | None,
+) -> None:
+    if activation not in CPU_ACTIVATIONS:
+        raise ValueError(
+            f"conv: unknown activation {activation!r}; expected {', '.join(CPU_ACTIVATIONS)}"
+        )
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(values) != 2:
+            raise ValueError(f"conv: {name}={values}: expected two numbers")
+        if min(values) < least:
+            raise ValueError(f"conv: {name}={values}: expected at least {least}")
+    if x.dim() != 4:
+        raise ValueError(f"conv: x has shape {tuple(x.shape)}, expected [N, C, H, W]")
+    channels = x.shape[1]
+    if x2 is not None:
+        if x2.dim() != 4 or (x2.shape[0], *x2.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(
+                f"conv: x2 has shape {tuple(x2.shape)}, expected that of x, {tuple(x.shape)}, but "
+                "for the channels"
+            )
+        if channels % _PANEL:
+            raise ValueError(
+                f"conv: with x2, the channels of x must be a multiple of {_PANEL}, got {channels}"
+            )
+        channels += x2.shape[1]
+    if weight.dim() != 4 or weight.shape[1] != channels or 0 in weight.shape:
+        raise ValueError(
+            f"conv: weight has shape {tuple(weight.shape)}, expected [K, {channels}, R, S]"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"conv: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)"
+        )
+    shape = _output_shape(x.shape, weight.shape[0], weight.shape[2:], stride, padding, dilation)
+    if min(shape[2:]) < 1:
+        raise ValueError(
+            f"conv: a {weight.shape[2]}x{weight.shape[3]} kernel with dilation {dilation} is "
+            f"larger than the image {x.shape[2]}x{x.shape[3]} with padding {padding}"
+        )
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"conv: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    for name, tensor in (
+        ("weight", weight), ("bias", bias), ("residual", residual), ("x2", x2), ("out", out)
+    ):  # fmt: skip
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"conv: {name} is {tensor.dtype} but x is {x.dtype}; cast one of them")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"conv: {name} is on {tensor.device} but x is on {x.device}; move one of them"
+            )
+    for name, tensor in (("residual", residual), ("x2", x2), ("out", out)):
+        if tensor is not None and tensor.shape[1] != 1 and tensor.stride(1) != 1:
+            raise ValueError(f"conv: {name} is not channels-last (stride 1 along C)")
+
+
+def _output_shape(
+    x_shape: Sequence[int],
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    p, q = (
+        (x_shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    return x_shape[0], out_channels, p, q
+
+
+@torch.library.register_fake("cvfast::conv_cpu")
+def _conv_cpu_fake(
+    x: Tensor,
+    packed: Tensor,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    kernel_size: Sequence[int],
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    algorithm: str,
+) -> Tensor:
+    del packed, residual, x2, activation, algorithm
+    shape = _output_shape(x.shape, out_channels, kernel_size, stride, padding, dilation)
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+@torch.library.register_fake("cvfast::conv_cpu_out")
+def _conv_cpu_out_fake(*args: Any) -> None:
+    del args
+
+
+def _refuse_gradient(name: str) -> Any:
+    op = getattr(torch.ops.cvfast, name).default
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        tensors = (a for a in args if isinstance(a, Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(
+                f"cvfast::{name} has no gradient: call cvfast.ops.conv.conv, or run under "
+                "torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return autograd
+
+
+for _name in ("conv_cpu", "conv_cpu_out"):
+    _library.impl(_name, _refuse_gradient(_name), "Autograd", with_keyset=True)
+
+
+def _conv_cpu_flops(
+    x_shape: Sequence[int],
+    packed_shape: Sequence[int],
+    residual_shape: Sequence[int] | None,
+    x2_shape: Sequence[int] | None,
+    kernel_size: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    channels = x_shape[1] + (x2_shape[1] if x2_shape is not None else 0)
+    return flops(x_shape, (out_shape[1], channels, *kernel_size), out_shape)
+
+
+_flops.register(torch.ops.cvfast.conv_cpu, _conv_cpu_flops)

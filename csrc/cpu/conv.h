@@ -1,0 +1,76 @@
+// Dense convolution over channels-last images, with bias, residual and activation: direct, or by
+// Winograd's minimal filtering (Lavin and Gray, 2016).
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "common/activation.h"
+#include "common/parallel.h"
+#include "common/types.h"
+
+namespace cvfast {
+
+// Output channels per weight panel: the widest vector, so that one packing serves every level.
+inline constexpr int kConvPanel = 16;
+
+// The two of Winograd compute 2x2 and 4x4 outputs at once; they take 3x3 kernels of stride and
+// dilation 1.
+enum class ConvAlgorithm : int { direct, winograd_f2, winograd_f4 };
+inline constexpr std::string_view kConvAlgorithmNames[] = {"direct", "winograd_f2", "winograd_f4"};
+
+// Elements from image to image, row to row, pixel to pixel. Channels are adjacent.
+struct ImageStrides {
+    int64_t image, row, pixel;
+};
+
+struct ConvShape {
+    int64_t batch, in_channels, height, width;
+    int64_t x_channels;  // of in_channels, those of x; x2 has the others. All, or a multiple of 16
+    int64_t out_channels, out_height, out_width;
+    int64_t kernel_h, kernel_w;
+    int64_t stride_h, stride_w;
+    int64_t pad_top, pad_left;  // bottom and right follow from the output's size
+    int64_t dilation_h, dilation_w;
+    ImageStrides x, x2, residual, out;  // each may be a channel slice of a wider buffer
+    Activation activation;
+};
+
+// out = activation(bias + weight (*) [x, x2] + residual); T: float, BFloat16 or Half, sums are
+// float. x2 and residual may be null.
+//
+// Weights are panels [ceil(out_channels / 16)][taps * in_channels + 1][16] of float, zero beyond
+// the last channel; the last row of a panel is the bias. Taps are the kernel's, row by row, or the
+// 16 (F2) or 36 (F4) entries of the transformed kernel.
+template <class T>
+struct ConvOperands {
+    const T* x;
+    const T* x2;
+    const float* packed;
+    const T* residual;
+    T* out;
+};
+
+// How the work is cut: blocks of pixels times runs of output channels. The cut depends on the
+// number of threads, the results do not.
+struct ConvPlan {
+    ConvAlgorithm algorithm;
+    int64_t pixel_blocks, channel_blocks;
+    int threads;                    // that pay
+    int64_t scratch_bytes;          // that each thread needs, whole cache lines
+    int64_t images, rows, columns;  // direct: of one pixel block at most
+    int64_t tiles;                  // Winograd: of one pixel block at most
+};
+
+ConvPlan conv_plan(const ConvShape& shape, ConvAlgorithm algorithm, int threads);
+
+// What conv() wants as workspace, aligned to 64 bytes.
+inline int64_t conv_workspace_bytes(const ConvPlan& plan) {
+    return plan.threads * plan.scratch_bytes;
+}
+
+template <class T>
+void conv(const ConvShape& shape, const ConvPlan& plan, const ConvOperands<T>& operands,
+          void* workspace, const Parallel& parallel);
+
+}  // namespace cvfast
