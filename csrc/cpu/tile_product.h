@@ -33,6 +33,22 @@ inline constexpr int kTilePanels = kVectors >= 32 ? 2 : 1;
 inline constexpr int kTilePixels = kVectors >= 32 ? 14 : kLanes == 8 ? 6 : 2;
 inline constexpr int kPanelVectors = kConvPanel / kLanes;
 
+// Adds the products of one channel: one element of each pixel times one row of each panel.
+template <int kGroups, int kPixels, int V>
+CVFAST_INLINE void add_channel(Vec (&acc)[kGroups * kPixels][V], const float* const (&a)[kGroups],
+                               const float* b, int64_t panel) {
+    Vec weights[V];
+    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        weights[v] = load(b + v / kPanelVectors * panel + v % kPanelVectors * kLanes);
+        opaque(weights[v]);
+    }
+    CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+        Vec x = set1(a[r / kPixels][r % kPixels * kBlock]);
+        if constexpr (V > 1) opaque(x);
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(x, weights[v], acc[r][v]);
+    }
+}
+
 // kGroups runs of kPixels pixels, times kPanels panels.
 template <int kGroups, int kPixels, int kPanels>
 void tile_product(const TileProduct& t) {
@@ -44,41 +60,18 @@ void tile_product(const TileProduct& t) {
     }
     const float* b = t.b;
     const int64_t panel = t.panel;
-    const float* a[kGroups];
-    const auto step = [&](int c) {
-        Vec weights[V];
-        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-            weights[v] =
-                load(b + v / kPanelVectors * panel + v % kPanelVectors * kLanes + c * kConvPanel);
-            opaque(weights[v]);
-        }
-        CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
-            Vec x = set1(a[r / kPixels][r % kPixels * kBlock + c]);
-            if constexpr (V > 1) opaque(x);
-            CVFAST_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(x, weights[v], acc[r][v]);
-        }
-    };
-    const auto advance = [&](int channels) {
-        b += channels * kConvPanel;
-        CVFAST_UNROLL for (int g = 0; g < kGroups; ++g) {
-            a[g] += channels;
-            opaque(a[g]);
-        }
-    };
-    constexpr int kUnroll = 4;
     for (int64_t tap = 0; tap < t.tap_count; ++tap) {
+        const float* a[kGroups];
         CVFAST_UNROLL for (int g = 0; g < kGroups; ++g) a[g] = t.a[g] + t.taps[tap];
-        int64_t channels = t.channels;
-        for (; channels >= kBlock; channels -= kBlock) {
-            for (int c = 0; c < kBlock; c += kUnroll) {
-                CVFAST_UNROLL for (int i = 0; i < kUnroll; ++i) step(i);
-                advance(kUnroll);
+        for (int64_t c = 0; c < t.channels;) {
+            add_channel<kGroups, kPixels>(acc, a, b, panel);
+            b += kConvPanel;
+            // At the end of a block on to the next one.
+            const int64_t step = (++c & (kBlock - 1)) ? 1 : t.block - (kBlock - 1);
+            CVFAST_UNROLL for (int g = 0; g < kGroups; ++g) {
+                a[g] += step;
+                opaque(a[g]);
             }
-            CVFAST_UNROLL for (int g = 0; g < kGroups; ++g) a[g] += t.block - kBlock;
-        }
-        for (; channels > 0; --channels) {
-            step(0);
-            advance(1);
         }
     }
     float* out = t.out;

@@ -388,8 +388,32 @@ def choose_algorithm(
     dilation: Sequence[int] = (1, 1),
     allow_f4: bool = False,
 ) -> str:
-    """The fastest of ``ALGORITHMS`` by count; F4, whose error is larger, only where allowed."""
-    return "winograd_f2" if winograd_serves(weight_shape[2:], stride, dilation) else "direct"
+    """The fastest of ``ALGORITHMS``: the one of the least estimated time.
+
+    Counted are the multiply-adds of the products, and the elements that the transforms read and
+    write; a tile that reaches beyond the image costs as much as one within. ``winograd_f4``, whose
+    error is larger, is considered only where allowed.
+    """
+    if not winograd_serves(weight_shape[2:], stride, dilation):
+        return "direct"
+    n, c = x_shape[:2]
+    k = weight_shape[0]
+    _, _, p, q = _output_shape(x_shape, k, (3, 3), stride, padding, dilation)
+    costs = {"direct": float(n * p * q * 9 * c * k)}
+    for algorithm, out in (("winograd_f2", 2), ("winograd_f4", 4)):
+        if algorithm == "winograd_f4" and not allow_f4:
+            continue
+        tiles, taps = n * -(-p // out) * -(-q // out), (out + 2) ** 2
+        costs[algorithm] = taps * (
+            tiles * (c * k + _TRANSFORM_COST * (c + k)) + _WEIGHT_COST * c * k
+        )
+    return min(costs, key=costs.__getitem__)
+
+
+# In multiply-adds, what it costs to carry one element through a transform, and to read one
+# transformed weight; fitted to the layers of benchmarks/bench_conv.py on Zen 5.
+_TRANSFORM_COST = 4.0
+_WEIGHT_COST = 4.0
 
 
 def _check_algorithm(
