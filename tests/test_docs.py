@@ -152,7 +152,7 @@ def test_support_matrix() -> None:
     matrix = rows(README, "| operator | backend |")
     assert {(row[0], row[1]) for row in matrix} == {
         ("`depthwise`", "`cpu`"), ("`depthwise`", "`onednn`"), ("`depthwise`", "`reference`"),
-        ("`conv`", "`onednn`"), ("`conv`", "`reference`"),
+        ("`conv`", "`cpu`"), ("`conv`", "`onednn`"), ("`conv`", "`reference`"),
     }  # fmt: skip
     for operator, backend, *cells in matrix:
         expected = [serves(operator.strip("`"), backend.strip("`"), dtype) for dtype in DTYPES]

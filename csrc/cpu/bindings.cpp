@@ -115,14 +115,22 @@ Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
     return out;
 }
 
-cvfast::ConvAlgorithm parse_algorithm(const std::string& name) {
-    for (int i = 0; const auto known : cvfast::kConvAlgorithmNames) {
-        if (name == known) return static_cast<cvfast::ConvAlgorithm>(i);
-        ++i;
+// Which algorithm weights of this shape were packed for: that tells from the number of their taps.
+std::optional<cvfast::ConvAlgorithm> packed_for(const cvfast::ConvShape& s, const Tensor& packed) {
+    using enum cvfast::ConvAlgorithm;
+    constexpr int64_t kPanel = cvfast::kConvPanel;
+    if (!(packed.scalar_type() == ScalarType::Float && packed.is_cpu() && packed.is_contiguous() &&
+          packed.dim() == 3 && s.out_channels > 0 &&
+          packed.size(0) == (s.out_channels + kPanel - 1) / kPanel && packed.size(2) == kPanel)) {
+        return std::nullopt;
     }
-    STD_TORCH_CHECK(false, "cvfast::conv_cpu: unknown algorithm '", name,
-                    "'; expected direct, winograd_f2 or winograd_f4");
-    return cvfast::ConvAlgorithm::direct;
+    const auto taps = [&](int64_t count) { return packed.size(1) == count * s.in_channels + 1; };
+    if (taps(s.kernel_h * s.kernel_w)) return direct;
+    const bool winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 &&
+                          s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+    if (winograd && taps(16)) return winograd_f2;
+    if (winograd && taps(36)) return winograd_f4;
+    return std::nullopt;
 }
 
 void check_image(const char* name, const Tensor& t, const Tensor& x,
@@ -141,12 +149,11 @@ void check_image(const char* name, const Tensor& t, const Tensor& x,
 
 cvfast::ImageStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(2), t.stride(3)}; }
 
-cvfast::ConvShape conv_shape(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& x2,
+cvfast::ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
                              const std::vector<int64_t>& kernel_size, int64_t out_channels,
                              const std::vector<int64_t>& stride,
                              const std::vector<int64_t>& padding,
-                             const std::vector<int64_t>& dilation, const std::string& activation,
-                             cvfast::ConvAlgorithm algorithm) {
+                             const std::vector<int64_t>& dilation, const std::string& activation) {
     STD_TORCH_CHECK(x.dim() == 4, "cvfast::conv_cpu: x must be [N, C, H, W], got ", x.dim(),
                     " dimensions");
     check_image("x", x, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
@@ -185,38 +192,25 @@ cvfast::ConvShape conv_shape(const Tensor& x, const Tensor& packed, const std::o
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
                     "cvfast::conv_cpu: the kernel is larger than the padded image ", s.height, "x",
                     s.width);
-
-    int64_t taps = s.kernel_h * s.kernel_w;
-    if (algorithm != cvfast::ConvAlgorithm::direct) {
-        STD_TORCH_CHECK(s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-                            s.dilation_h == 1 && s.dilation_w == 1,
-                        "cvfast::conv_cpu: Winograd's algorithms take 3x3 kernels of stride and "
-                        "dilation 1; use algorithm 'direct'");
-        taps = algorithm == cvfast::ConvAlgorithm::winograd_f2 ? 16 : 36;
-    }
-    constexpr int64_t kPanel = cvfast::kConvPanel;
-    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_cpu() &&
-                        packed.is_contiguous() && packed.dim() == 3 && out_channels > 0 &&
-                        packed.size(0) == (out_channels + kPanel - 1) / kPanel &&
-                        packed.size(1) == taps * s.in_channels + 1 && packed.size(2) == kPanel,
-                    "cvfast::conv_cpu: packed does not come from prepack() for a ", s.kernel_h, "x",
-                    s.kernel_w, " kernel from ", s.in_channels, " to ", out_channels,
-                    " channels and this algorithm");
     return s;
 }
 
-void run_conv(cvfast::ConvShape s, cvfast::ConvAlgorithm algorithm, const Tensor& x,
-              const Tensor& packed, const std::optional<Tensor>& residual,
-              const std::optional<Tensor>& x2, Tensor& out) {
+void run_conv(cvfast::ConvShape s, const Tensor& x, const Tensor& packed,
+              const std::optional<Tensor>& residual, const std::optional<Tensor>& x2, Tensor& out) {
     check_image("out", out, x, {s.batch, s.out_channels, s.out_height, s.out_width});
     s.out = strides_of(out);
     if (residual) {
         check_image("residual", *residual, x, {s.batch, s.out_channels, s.out_height, s.out_width});
         s.residual = strides_of(*residual);
     }
+    const auto algorithm = packed_for(s, packed);
+    STD_TORCH_CHECK(algorithm, "cvfast::conv_cpu: packed does not come from prepack() for a ",
+                    s.kernel_h, "x", s.kernel_w, " kernel from ", s.in_channels, " to ",
+                    s.out_channels,
+                    " channels; algorithms of Winograd's take stride and dilation 1");
     if (s.batch == 0) return;
     const cvfast::Parallel parallel = torch_pool();
-    const cvfast::ConvPlan plan = cvfast::conv_plan(s, algorithm, parallel.threads);
+    const cvfast::ConvPlan plan = cvfast::conv_plan(s, *algorithm, parallel.threads);
     // torch aligns what it allocates to 64 bytes.
     const int64_t bytes[] = {cvfast::conv_workspace_bytes(plan)};
     Tensor workspace = torch::stable::empty(bytes, ScalarType::Byte);
@@ -249,28 +243,25 @@ Tensor conv_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tenso
                 const std::optional<Tensor>& x2, const std::vector<int64_t>& kernel_size,
                 int64_t out_channels, const std::vector<int64_t>& stride,
                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                const std::string& activation, const std::string& algorithm) {
-    const auto chosen = parse_algorithm(algorithm);
-    const auto s = conv_shape(x, packed, x2, kernel_size, out_channels, stride, padding, dilation,
-                              activation, chosen);
+                const std::string& activation) {
+    const auto s =
+        conv_shape(x, x2, kernel_size, out_channels, stride, padding, dilation, activation);
     const int64_t sizes[] = {s.batch, s.out_channels, s.out_height, s.out_width};
     Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, std::nullopt,
                                       std::nullopt, MemoryFormat::ChannelsLast);
-    run_conv(s, chosen, x, packed, residual, x2, out);
+    run_conv(s, x, packed, residual, x2, out);
     return out;
 }
 
 void conv_cpu_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
                   const std::optional<Tensor>& x2, const std::vector<int64_t>& kernel_size,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                  const std::vector<int64_t>& dilation, const std::string& activation,
-                  const std::string& algorithm, Tensor out) {
-    const auto chosen = parse_algorithm(algorithm);
+                  const std::vector<int64_t>& dilation, const std::string& activation, Tensor out) {
     STD_TORCH_CHECK(out.dim() == 4, "cvfast::conv_cpu: out must be [N, C, H, W], got ", out.dim(),
                     " dimensions");
-    const auto s = conv_shape(x, packed, x2, kernel_size, out.size(1), stride, padding, dilation,
-                              activation, chosen);
-    run_conv(s, chosen, x, packed, residual, x2, out);
+    const auto s =
+        conv_shape(x, x2, kernel_size, out.size(1), stride, padding, dilation, activation);
+    run_conv(s, x, packed, residual, x2, out);
 }
 
 std::string cpu_isa_levels() {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
 #include "common/activation.h"
 #include "common/parallel.h"
@@ -17,7 +16,6 @@ inline constexpr int kConvPanel = 16;
 // The two of Winograd compute 2x2 and 4x4 outputs at once; they take 3x3 kernels of stride and
 // dilation 1.
 enum class ConvAlgorithm : int { direct, winograd_f2, winograd_f4 };
-inline constexpr std::string_view kConvAlgorithmNames[] = {"direct", "winograd_f2", "winograd_f4"};
 
 // Elements from image to image, row to row, pixel to pixel. Channels are adjacent.
 struct ImageStrides {

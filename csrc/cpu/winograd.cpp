@@ -6,9 +6,9 @@
 namespace cvfast {
 namespace {
 
-// Tiles of a block. Measured on Zen 5 (1 MB of L2): up to 256 channels any number from 14 to 224 runs
-// within 5 %; at 512 and more, 112 run 1.3 times as fast as 14, though their inputs then lie in L3,
-// for the weights cross from L3 once per block.
+// Tiles of a block. Measured on Zen 5 (1 MB of L2): up to 256 channels any number from 14 to 224
+// runs within 5 %; at 512 and more, 112 run 1.3 times as fast as 14, though their inputs then lie
+// in L3, for the weights cross from L3 once per block.
 constexpr int64_t kTiles = 112;
 
 int64_t outputs_across(ConvAlgorithm algorithm) {

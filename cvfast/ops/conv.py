@@ -243,14 +243,12 @@ _KERNEL_TRANSFORMS = {"winograd_f2": _F2, "winograd_f4": _F4}
 _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define(
     "conv_cpu(Tensor x, Tensor packed, Tensor? residual, Tensor? x2, int[2] kernel_size, "
-    "int out_channels, int[2] stride, int[2] padding, int[2] dilation, str activation, "
-    "str algorithm) -> Tensor",
+    "int out_channels, int[2] stride, int[2] padding, int[2] dilation, str activation) -> Tensor",
     tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
 )
 _library.define(
     "conv_cpu_out(Tensor x, Tensor packed, Tensor? residual, Tensor? x2, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, str activation, str algorithm, "
-    "Tensor(a!) out) -> ()",
+    "int[2] stride, int[2] padding, int[2] dilation, str activation, Tensor(a!) out) -> ()",
     tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
 )
 
@@ -271,7 +269,8 @@ def conv_cpu(
 ) -> Tensor:
     """:func:`conv` of one group by cvfast's CPU kernels; packs the weight on each call.
 
-    To pack once, call :func:`prepack` and ``torch.ops.cvfast.conv_cpu``. Sums are float32 in every
+    To pack once, call :func:`prepack` and ``torch.ops.cvfast.conv_cpu``, which tells the algorithm
+    by the shape of what was packed. Sums are float32 in every
     dtype, and results do not depend on the number of threads.
 
     Args:
@@ -305,7 +304,7 @@ def conv_cpu(
     _check_algorithm(algorithm, weight.shape[2:], stride, dilation)
     packed = prepack(weight, bias, algorithm=algorithm)
     operands = (x, packed, residual, x2, weight.shape[2:])
-    geometry = (stride, padding, dilation, activation, algorithm)
+    geometry = (stride, padding, dilation, activation)
     ops = torch.ops.cvfast
     if out is None:
         fresh: Tensor = ops.conv_cpu(*operands, weight.shape[0], *geometry)
@@ -379,6 +378,12 @@ def prepack(weight: Tensor, bias: Tensor | None = None, *, algorithm: str = "dir
     return matrix.reshape(-1, _PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
 
 
+# In multiply-adds, what it costs to carry one element through a transform, and to read one
+# transformed weight; fitted to layers of ResNet-18, U-Net and DenseNet-121 on one core of Zen 5.
+_TRANSFORM_COST = 6.0
+_WEIGHT_COST = 7.0
+
+
 def choose_algorithm(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
@@ -410,19 +415,11 @@ def choose_algorithm(
     return min(costs, key=costs.__getitem__)
 
 
-# In multiply-adds, what it costs to carry one element through a transform, and to read one
-# transformed weight; fitted to the layers of benchmarks/bench_conv.py on Zen 5.
-_TRANSFORM_COST = 4.0
-_WEIGHT_COST = 4.0
-
-
 def _check_algorithm(
     algorithm: str, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> None:
     if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"conv: unknown algorithm {algorithm!r}; expected {', '.join(ALGORITHMS)}"
-        )
+        raise ValueError(f"conv: unknown algorithm {algorithm!r}; expected {', '.join(ALGORITHMS)}")
     if algorithm != "direct" and not winograd_serves(kernel_size, stride, dilation):
         raise ValueError(
             f"conv: {algorithm} takes 3x3 kernels of stride and dilation 1, not "
@@ -475,9 +472,7 @@ def _validate(
             f"conv: weight has shape {tuple(weight.shape)}, expected [K, {channels}, R, S]"
         )
     if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(
-            f"conv: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)"
-        )
+        raise ValueError(f"conv: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     shape = _output_shape(x.shape, weight.shape[0], weight.shape[2:], stride, padding, dilation)
     if min(shape[2:]) < 1:
         raise ValueError(
@@ -528,13 +523,10 @@ def _conv_cpu_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
-    algorithm: str,
 ) -> Tensor:
-    del packed, residual, x2, activation, algorithm
+    del packed, residual, x2, activation
     shape = _output_shape(x.shape, out_channels, kernel_size, stride, padding, dilation)
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("cvfast::conv_cpu_out")

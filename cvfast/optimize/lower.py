@@ -14,14 +14,18 @@ from torch import Tensor, fx, nn
 from cvfast import extension
 from cvfast.ops.activation import activate_
 from cvfast.ops.conv import (
+    CPU_ACTIVATIONS,
+    CPU_DTYPES,
     OneDnnWeight,
     bytes_moved,
+    choose_algorithm,
     conv_onednn,
     conv_torch,
     flops,
     fuses_activation,
     onednn_unsupported,
 )
+from cvfast.ops.conv import prepack as prepack_conv
 from cvfast.ops.depthwise import ACTIVATIONS as DEPTHWISE_ACTIVATIONS
 from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
@@ -35,6 +39,7 @@ from .report import Row, skipped
 
 aten = torch.ops.aten
 DEPTHWISE = torch.ops.cvfast.depthwise_prepacked.default
+CONV_CPU = torch.ops.cvfast.conv_cpu.default
 
 _KEEP_LAYOUT = {
     aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
@@ -239,7 +244,9 @@ class _Lowering:
         else:
             x = self._in_channels_last(site.source)
         residual = None
-        if site.residual is not None:
+        if site.residual is not None and call.backend == "cpu":
+            residual = self._with_channels_innermost(site.residual)
+        elif site.residual is not None:
             residual = self._in_channels_last(site.residual)
         names = [f"packed_{len(self.packed)}_{i}" for i in range(2)]
         constants = [self._attribute(name) for name in names]
@@ -264,7 +271,7 @@ class _Lowering:
     def _with_channels_innermost(self, node: fx.Node) -> fx.Node:
         """``node``'s value for kernels that refuse any other layout; checked where uncertain."""
         value = self._value(node)
-        if value.target in (conv_onednn, channels_last, DEPTHWISE):
+        if value.target in (conv_onednn, channels_last, DEPTHWISE, CONV_CPU):
             return value
         return self.graph.call_function(channels_innermost, (value,))
 
@@ -311,7 +318,7 @@ class _Lowering:
 
     def _reuse_memory(self) -> None:
         """Let an elementwise step overwrite its argument where it is the sole reader."""
-        kernels = (conv_onednn, conv_torch)
+        kernels = (conv_onednn, conv_torch, CONV_CPU)
         for node in list(self.graph.nodes):
             if node.op != "call_function" or read_activation(node) is None:
                 continue
@@ -416,6 +423,12 @@ def _candidates(
             calls.append(_depthwise_call(site))
         else:
             refusals.append(refusal)
+    own_conv = wanted in ("auto", "cpu") and _is_dense(site)
+    if own_conv and (wanted == "cpu" or _beats_onednn(site)):
+        if (refusal := _conv_cpu_unsupported(site, channels_last)) is None:
+            calls.append(_conv_cpu_call(site))
+        else:
+            refusals.append(refusal)
     if wanted in ("auto", "onednn"):
         if (refusal := _onednn_unsupported(site, channels_last)) is None:
             calls.append(_onednn_call(site))
@@ -426,6 +439,78 @@ def _candidates(
         calls.append(_torch_call(site))
     nobody = ("no_backend", f"backend {wanted!r} has no kernel for {site.pattern}")
     return calls, refusals[0] if refusals else nobody
+
+
+_SMALL_FLOPS = 16e6
+"""Operations below which a call of oneDNN costs more time before its kernel than in it. Measured:
+the direct kernel is 1.1 to 1.5 times as fast on 4 to 14 MFLOP, level with it above."""
+
+
+def _is_dense(site: Site) -> bool:
+    """Convolutions of one group that read neighbours."""
+    return site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
+
+
+def _conv_algorithm(site: Site) -> str:
+    geometry = site.geometry
+    return choose_algorithm(
+        shape_hint(site.source), shape_hint(site.weight), stride=geometry.stride,
+        padding=geometry.padding, dilation=geometry.dilation,
+    )  # fmt: skip
+
+
+def _beats_onednn(site: Site) -> bool:
+    """Where Winograd saves arithmetic, or the call is small; in float32, as oneDNN multiplies
+    bfloat16 at twice the rate."""
+    if site.dtype != torch.float32:
+        return False
+    shapes = shape_hint(site.source), shape_hint(site.weight), shape_hint(site.conv)
+    return _conv_algorithm(site) != "direct" or flops(*shapes) < _SMALL_FLOPS
+
+
+def _conv_cpu_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+    if not channels_last:
+        return ("layout", "the convolution kernels need channels-last memory")
+    if site.device.type != "cpu" or site.dtype not in CPU_DTYPES:
+        return (
+            "unsupported_dtype",
+            f"the convolution kernels do not take {site.dtype} on {site.device.type}",
+        )
+    return _extension_missing()
+
+
+def _extension_missing() -> tuple[str, str] | None:
+    status = extension.load("cpu")
+    if status:
+        return None
+    extension.warn_missing("cpu")
+    return ("no_extension", str(status))
+
+
+def _conv_cpu_call(site: Site) -> _Call:
+    geometry, activation = site.geometry, site.activation
+    algorithm = _conv_algorithm(site)
+    fused = activation.name in CPU_ACTIVATIONS
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        # A transform would spread a NaN among the weights over its kernel.
+        finite = algorithm == "direct" or bool(weight.isfinite().all())
+        return (prepack_conv(weight, bias, algorithm=algorithm if finite else "direct"),)
+
+    def emit(
+        graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
+    ) -> fx.Node:
+        arguments = (
+            x, constants[0], residual, None, list(geometry.kernel), shape_hint(site.conv)[1],
+            list(geometry.stride), list(geometry.padding), list(geometry.dilation),
+            activation.name if fused else "none",
+        )  # fmt: skip
+        result = graph.call_function(CONV_CPU, arguments)
+        if fused:
+            return result
+        return graph.call_function(activate_, (result, activation.name, activation.parameters))
+
+    return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
 
 
 def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
@@ -443,11 +528,7 @@ def _depthwise_unsupported(site: Site, channels_last: bool) -> tuple[str, str] |
             "unsupported_dtype",
             f"the depthwise kernel does not take {site.dtype} on {site.device.type}",
         )
-    status = extension.load("cpu")
-    if not status:
-        extension.warn_missing("cpu")
-        return ("no_extension", str(status))
-    return None
+    return _extension_missing()
 
 
 def _depthwise_call(site: Site) -> _Call:
