@@ -6,7 +6,8 @@ alone; oneDNN on prepacked weights as `cvfast.optimize` calls it; eager `conv2d`
     python benchmarks/bench_conv.py --json benchmarks/results/cpu/conv.json
 
 Contenders are interleaved and verified in the same run; a ratio is printed only beside a passed
-check. GFLOP/s count the operations of the definition, so that Winograd's exceed the FMA peak.
+check. Rows of layers that are not measured anew stay in the file. GFLOP/s count the operations of
+the definition, so that Winograd's exceed the FMA peak.
 """
 
 from __future__ import annotations
@@ -162,6 +163,7 @@ def measure(
         "batch": batch,
         "dtype": "float32",
         "algorithm": chosen,
+        "peak_flops": peak,
         "verified": verdict.ok,
         "relative_error": verdict.error,
         "relative_error_eager": verdict.baseline_error,
@@ -222,11 +224,12 @@ def main() -> int:
     if not status:
         sys.exit(str(status))
 
-    rows, peaks = [], {}
+    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    where = {"isa": extension.cpu_isa(), "environment": environment.capture()}
     with torch.inference_mode():
         for threads in args.threads:
             torch.set_num_threads(threads)
-            peaks[threads] = peak_flops()
+            peak = peak_flops()
             for batch in args.batch:
                 for layer, models in distinct().items():
                     if not any(args.filter in name for name in (layer.name, *models)):
@@ -236,13 +239,18 @@ def main() -> int:
                         models,
                         threads=threads,
                         batch=batch,
-                        peak=peaks[threads],
+                        peak=peak,
                         min_time=args.min_time,
                     )
-                    rows.append(row)
                     print(format_row(row), flush=True)
-    summary = summarize(rows)
-    for group in summary:
+                    key = (row["layer"], threads, batch)
+                    rows = [r for r in rows if (r["layer"], r["threads"], r["batch"]) != key]
+                    rows.append(row)
+                    if args.json:
+                        args.json.parent.mkdir(parents=True, exist_ok=True)
+                        result = {**where, "summary": summarize(rows), "rows": rows}
+                        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    for group in summarize(rows):
         ratios = "  ".join(
             f"{name} geomean {ratio['geomean']:.2f}x min {ratio['min']:.2f}x"
             for name, ratio in group["speedup"].items()
@@ -251,16 +259,6 @@ def main() -> int:
             f"threads {group['threads']}, batch {group['batch']}, {group['algorithm']}, "
             f"{group['layers']} layers: {ratios}"
         )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "environment": environment.capture(),
-            "isa": extension.cpu_isa(),
-            "peak_flops": peaks,
-            "summary": summary,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(row["verified"] for row in rows) else 1
 
 

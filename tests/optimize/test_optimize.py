@@ -240,7 +240,40 @@ def test_backend_is_obeyed(net: nn.Module, backend: str) -> None:
     optimized = cvfast.optimize(net, X, backend=backend)
     check_equal(optimized, net, X)
     assert {row.backend for row in optimized.report.fused} == {backend}
-    assert len(optimized.report.fused) == (1 if backend == "cpu" else 4)
+    assert len(optimized.report.fused) == (2 if backend == "cpu" else 4)
+
+
+class ResidualPair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(24, 24, 3, padding=1)
+        self.second = nn.Conv2d(24, 24, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.second(torch.tanh(self.first(x)))) + x)
+
+
+def test_3x3_convolutions_run_on_the_own_kernel_with_residual_and_activation_fused() -> None:
+    model = ResidualPair().eval()
+    x = torch.randn(1, 24, 40, 37)
+    optimized = cvfast.optimize(model, x)
+    check_equal(optimized, model, x)
+    assert [(row.pattern, row.backend) for row in optimized.report.rows] == [
+        ("conv+tanh", "cpu"),
+        ("conv+bn+add+relu", "cpu"),
+    ]
+    # Smaller images than the algorithm was chosen for, and several.
+    check_equal(optimized, model, torch.randn(3, 24, 5, 2))
+
+
+def test_weights_that_are_not_finite_spread_no_further_than_in_eager() -> None:
+    model = nn.Sequential(nn.Conv2d(24, 8, 3, padding=1), nn.ReLU()).eval()
+    x = torch.randn(1, 24, 40, 37)
+    optimized = cvfast.optimize(model, x)
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = float("inf")
+        assert torch.equal(optimized(x).isfinite(), model(x).isfinite())
 
 
 def test_contiguous_memory_format_skips_what_needs_channels_last(net: nn.Module) -> None:
