@@ -5,8 +5,9 @@
 
 namespace cvfast {
 
-enum class Activation : int { none, relu, relu6, hardswish };
+enum class Activation : int { none, relu, relu6, hardswish, hardsigmoid };
 
-inline constexpr std::string_view kActivationNames[] = {"none", "relu", "relu6", "hardswish"};
+inline constexpr std::string_view kActivationNames[] = {"none", "relu", "relu6", "hardswish",
+                                                        "hardsigmoid"};
 
 }  // namespace cvfast

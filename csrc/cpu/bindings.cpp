@@ -10,6 +10,7 @@
 
 #include "cpu/depthwise.h"
 #include "cpu/isa.h"
+#include "cpu/pointwise.h"
 
 namespace {
 
@@ -32,7 +33,7 @@ cvfast::Activation parse_activation(const std::string& name) {
         ++i;
     }
     STD_TORCH_CHECK(false, "cvfast: unknown activation '", name,
-                    "'; expected none, relu, relu6 or hardswish");
+                    "'; expected none, relu, relu6, hardswish or hardsigmoid");
     return cvfast::Activation::none;
 }
 
@@ -114,6 +115,135 @@ Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
     return out;
 }
 
+// Distances, in elements, between the pixels, rows and images of a channels-last tensor of this
+// size. Where there is but one, torch's stride means nothing; it becomes the one that lets rows and
+// images run into each other.
+struct PixelStrides {
+    int64_t image, row, pixel;
+
+    PixelStrides(const Tensor& t, int64_t batch, int64_t height, int64_t width,
+                 const std::vector<int64_t>& step = {1, 1})
+        : image(t.stride(0)), row(t.stride(2) * step[0]), pixel(t.stride(3) * step[1]) {
+        if (width == 1) pixel = height == 1 ? image : row;
+        if (height == 1) row = pixel * width;
+        if (batch == 1) image = row * height;
+    }
+};
+
+bool channels_adjacent(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1; }
+
+void check_vector(const char* name, const std::optional<Tensor>& vector, int64_t channels) {
+    if (!vector) return;
+    STD_TORCH_CHECK(vector->is_cpu() && vector->scalar_type() == ScalarType::Float &&
+                        vector->dim() == 1 && vector->size(0) == channels &&
+                        vector->is_contiguous(),
+                    "cvfast::pointwise_cpu: ", name, " must be ", channels,
+                    " contiguous float32 numbers, one per channel of x");
+}
+
+// An image operand of x's dtype and of this size.
+void check_image(const char* name, const Tensor& t, const Tensor& x, const int64_t (&sizes)[4]) {
+    bool fits = t.is_cpu() && t.scalar_type() == x.scalar_type() && t.dim() == 4;
+    for (int i = 0; i < 4 && fits; ++i) fits = t.size(i) == sizes[i];
+    STD_TORCH_CHECK(fits && channels_adjacent(t), "cvfast::pointwise_cpu: ", name,
+                    " must be a channels-last tensor of shape [", sizes[0], ", ", sizes[1], ", ",
+                    sizes[2], ", ", sizes[3], "] and of x's dtype");
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+    return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+Tensor pointwise_out(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& stride,
+                     const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                     const std::optional<Tensor>& gate, const std::optional<Tensor>& residual,
+                     const std::string& activation, Tensor out) {
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "cvfast::pointwise_cpu: x must be [N, C, H, W]");
+    STD_TORCH_CHECK(channels_adjacent(x),
+                    "cvfast::pointwise_cpu: x must be channels-last (stride 1 along C); use "
+                    "x.contiguous(memory_format=torch.channels_last)");
+    STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                    "cvfast::pointwise_cpu: stride takes two positive numbers");
+    STD_TORCH_CHECK(out.dim() == 4, "cvfast::pointwise_cpu: out must be [N, C, H, W]");
+    cvfast::PointwiseShape s{};
+    s.batch = x.size(0), s.in_channels = x.size(1), s.out_channels = out.size(1);
+    s.height = (x.size(2) + stride[0] - 1) / stride[0];
+    s.width = (x.size(3) + stride[1] - 1) / stride[1];
+    s.activation = parse_activation(activation);
+    const int64_t sizes[4] = {s.batch, s.out_channels, s.height, s.width};
+    check_image("out", out, x, sizes);
+    if (residual) check_image("residual", *residual, x, sizes);
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
+                    "cvfast::pointwise_cpu: scale and shift come together");
+    check_vector("scale", scale, s.in_channels);
+    check_vector("shift", shift, s.in_channels);
+    STD_TORCH_CHECK(
+        !gate || (gate->is_cpu() && gate->scalar_type() == x.scalar_type() && gate->dim() == 2 &&
+                  gate->size(0) == s.batch && gate->size(1) == s.in_channels &&
+                  (s.in_channels == 1 || gate->stride(1) == 1)),
+        "cvfast::pointwise_cpu: gate must be [", s.batch, ", ", s.in_channels,
+        "] with adjacent channels and of x's dtype");
+
+    const bool pairs = x.scalar_type() == ScalarType::BFloat16;
+    const int64_t rows = cvfast::pointwise_packed_rows(s.in_channels, s.out_channels, pairs);
+    STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.dim() == 2 &&
+                        packed.scalar_type() == (pairs ? ScalarType::Int : ScalarType::Float) &&
+                        packed.size(0) == rows && packed.size(1) == cvfast::kPointwisePanel,
+                    "cvfast::pointwise_cpu: packed does not come from prepack() for ",
+                    s.in_channels, " to ", s.out_channels, " channels of x's dtype");
+
+    const PixelStrides from(x, s.batch, s.height, s.width, stride);
+    s.x_image = from.image, s.x_row = from.row, s.x_pixel = from.pixel;
+    const PixelStrides to(out, s.batch, s.height, s.width);
+    s.out_image = to.image, s.out_row = to.row, s.out_pixel = to.pixel;
+    if (residual) {
+        const PixelStrides added(*residual, s.batch, s.height, s.width);
+        s.residual_image = added.image, s.residual_row = added.row, s.residual_pixel = added.pixel;
+    }
+    if (gate) s.gate_image = gate->stride(0);
+
+    const auto run = [&]<class T>(std::type_identity<T>) {
+        const cvfast::PointwiseOperands<T> operands{
+            static_cast<const T*>(x.const_data_ptr()),
+            static_cast<const float*>(packed.const_data_ptr()),
+            data_or_null<float>(scale),
+            data_or_null<float>(shift),
+            data_or_null<T>(gate),
+            data_or_null<T>(residual),
+            static_cast<T*>(out.mutable_data_ptr())};
+        cvfast::pointwise(s, operands, torch_pool());
+    };
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            run(std::type_identity<float>{});
+            break;
+        case ScalarType::BFloat16:
+            run(std::type_identity<cvfast::BFloat16>{});
+            break;
+        case ScalarType::Half:
+            run(std::type_identity<cvfast::Half>{});
+            break;
+        default:
+            STD_TORCH_CHECK(false, "cvfast::pointwise_cpu: x must be float32, bfloat16 or float16");
+    }
+    return out;
+}
+
+Tensor pointwise_cpu(const Tensor& x, const Tensor& packed, int64_t out_channels,
+                     const std::vector<int64_t>& stride, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift, const std::optional<Tensor>& gate,
+                     const std::optional<Tensor>& residual, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4 && stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                    "cvfast::pointwise_cpu: x must be [N, C, H, W], and stride two positive "
+                    "numbers");
+    const int64_t sizes[] = {x.size(0), out_channels, (x.size(2) + stride[0] - 1) / stride[0],
+                             (x.size(3) + stride[1] - 1) / stride[1]};
+    Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, std::nullopt,
+                                      std::nullopt, MemoryFormat::ChannelsLast);
+    return pointwise_out(x, packed, stride, scale, shift, gate, residual, activation, out);
+}
+
 std::string cpu_isa_levels() {
     std::string names;
     for (int level = 0; level <= static_cast<int>(cvfast::best_isa()); ++level) {
@@ -142,6 +272,8 @@ void cpu_select_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
     m.impl("depthwise_prepacked", TORCH_BOX(&depthwise_prepacked));
+    m.impl("pointwise_cpu", TORCH_BOX(&pointwise_cpu));
+    m.impl("pointwise_cpu.out", TORCH_BOX(&pointwise_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CompositeExplicitAutograd, m) {

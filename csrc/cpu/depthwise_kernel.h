@@ -49,36 +49,6 @@ CVFAST_INLINE Vec load_channels(const T* p, int n) {
     return load(p);
 }
 
-// Hides where a value comes from. Without it GCC reloads an input for each multiply-add that it
-// feeds (twice the loads), and keeps one address per column in a register of its own (spills).
-CVFAST_INLINE void opaque(Vec& v) { __asm__("" : "+" CVFAST_VECTOR_REGISTER(v)); }
-template <class T>
-CVFAST_INLINE void opaque(const T*& p) {
-    __asm__("" : "+r"(p));
-}
-
-CVFAST_INLINE Vec activate(Vec v, Activation activation) {
-    switch (activation) {
-        case Activation::none:
-            return v;
-        case Activation::relu:
-            return max_keep_nan(v, 0.f);
-        case Activation::relu6:
-            return relu6(v);
-        case Activation::hardswish:
-            return hardswish(v);
-    }
-    return v;
-}
-
-template <int V, int kTile>
-CVFAST_INLINE void activate_all(Vec (&acc)[V][kTile], Activation activation) {
-    if (activation == Activation::none) return;
-    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-        CVFAST_UNROLL for (int o = 0; o < kTile; ++o) acc[v][o] = activate(acc[v][o], activation);
-    }
-}
-
 // Stores `outputs` pixels of `n` channels each, which lie `multiplier` elements apart. Out of line:
 // inside the tile it would crowd the instruction cache for a case that is rare.
 template <class T>
