@@ -22,6 +22,13 @@ constexpr double kBytesPerNanosecond = 60;
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kTileRows = 14;
 
+// Words that are summed one after another; the sums of such segments are added to each other. One
+// long sum of 1024 float products had over twice the error of PyTorch's. A product of few pixels,
+// which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
+constexpr int64_t kSegmentWords = 256;
+constexpr int64_t kFewPixels = 3;
+constexpr int64_t kFewPixelsSegmentWords = 32;
+
 // Bytes of an input channel as it is multiplied: Half is widened first.
 template <class T>
 constexpr int64_t kMultipliedSize = std::is_same_v<T, BFloat16> ? 2 : 4;
@@ -146,6 +153,7 @@ void pointwise_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, con
     block.residual_pixel = s.residual_pixel;
     block.out_pixel = s.out_pixel;
     block.activation = s.activation;
+    block.segment = p.run_rows <= kFewPixels ? kFewPixelsSegmentWords : kSegmentWords;
     block.pack = p.pack;
     block.scratch = scratch;
     for (int64_t task = begin; task < end; ++task) {

@@ -15,7 +15,8 @@ struct PointwiseBlock {
     int64_t rows, in_channels, out_channels;
     int64_t x_pixel, residual_pixel, out_pixel;
     Activation activation;
-    bool pack;  // bring the pixels into scratch, by pointwise_pack, before they are read
+    int64_t segment;  // words that are summed one after another, an even number
+    bool pack;        // bring the pixels into scratch, by pointwise_pack, before they are read
     void* scratch;
 };
 
@@ -38,10 +39,6 @@ namespace CVFAST_ISA_NAMESPACE {
 // Pixels per tile at most: with two vectors each, and those of the weights, they fill the
 // registers.
 inline constexpr int kPointwiseRows = kVectors >= 32 ? 14 : 6;
-
-// Words that are summed one after another; segments are summed apart, and then to each other. The
-// error of one long sum of 1024 float products was over twice that of PyTorch's blocked ones.
-inline constexpr int64_t kSegmentWords = 256;
 
 CVFAST_INLINE Vec multiply_add(const float*, Vec a, Vec b, Vec c) { return fma(a, b, c); }
 CVFAST_INLINE Vec multiply_add(const BFloat16*, Vec a, Vec b, Vec c) { return dot_pairs(a, b, c); }
@@ -217,10 +214,10 @@ void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int
     const float* panels = t.panels;
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t rows = height + (tile < higher);
-        for (int64_t word = 0; word < words; word += kSegmentWords) {
+        for (int64_t word = 0; word < words; word += block.segment) {
             t.a = a + word * 4;
             t.panels = panels + word / kWords * kPointwisePanel;
-            t.words = std::min(kSegmentWords, words - word);
+            t.words = std::min(block.segment, words - word);
             t.first_segment = word == 0;
             t.last_segment = word + t.words == words;
             pointwise_tile_of<A, T, kMaxRows, V, kWords>(rows, t);

@@ -27,6 +27,9 @@ from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
 from cvfast.ops.fold import fold_batch_norm
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
+from cvfast.ops.pointwise import ACTIVATIONS as POINTWISE_ACTIVATIONS
+from cvfast.ops.pointwise import KERNEL_DTYPES as POINTWISE_DTYPES
+from cvfast.ops.pointwise import prepack as prepack_pointwise
 
 from .capture import Capture, shape_hint
 from .match import Leftover, Site, find_sites, read_activation
@@ -35,6 +38,7 @@ from .report import Row, skipped
 
 aten = torch.ops.aten
 DEPTHWISE = torch.ops.cvfast.depthwise_prepacked.default
+POINTWISE = torch.ops.cvfast.pointwise_cpu.default
 
 _KEEP_LAYOUT = {
     aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
@@ -264,7 +268,7 @@ class _Lowering:
     def _with_channels_innermost(self, node: fx.Node) -> fx.Node:
         """``node``'s value for kernels that refuse any other layout; checked where uncertain."""
         value = self._value(node)
-        if value.target in (conv_onednn, channels_last, DEPTHWISE):
+        if value.target in (conv_onednn, channels_last, DEPTHWISE, POINTWISE):
             return value
         return self.graph.call_function(channels_innermost, (value,))
 
@@ -311,7 +315,7 @@ class _Lowering:
 
     def _reuse_memory(self) -> None:
         """Let an elementwise step overwrite its argument where it is the sole reader."""
-        kernels = (conv_onednn, conv_torch)
+        kernels = (conv_onednn, conv_torch, POINTWISE)
         for node in list(self.graph.nodes):
             if node.op != "call_function" or read_activation(node) is None:
                 continue
@@ -411,9 +415,9 @@ def _candidates(
     """Kernel calls that can compute the site, the preferred first; if there are none, why."""
     calls: list[_Call] = []
     refusals: list[tuple[str, str]] = []
-    if wanted in ("auto", "cpu") and site.is_depthwise:
-        if (refusal := _depthwise_unsupported(site, channels_last)) is None:
-            calls.append(_depthwise_call(site))
+    if wanted in ("auto", "cpu") and (site.is_depthwise or site.is_pointwise):
+        if (refusal := _cpu_unsupported(site, channels_last)) is None:
+            calls.append(_depthwise_call(site) if site.is_depthwise else _pointwise_call(site))
         else:
             refusals.append(refusal)
     if wanted in ("auto", "onednn"):
@@ -435,13 +439,16 @@ def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | No
     return None if unsupported is None else ("unsupported_dtype", unsupported)
 
 
-def _depthwise_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+def _cpu_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+    name, dtypes = (
+        ("depthwise", DEPTHWISE_DTYPES) if site.is_depthwise else ("pointwise", POINTWISE_DTYPES)
+    )
     if not channels_last:
-        return ("layout", "the depthwise kernel needs channels-last memory")
-    if site.device.type != "cpu" or site.dtype not in DEPTHWISE_DTYPES:
+        return ("layout", f"the {name} kernel needs channels-last memory")
+    if site.device.type != "cpu" or site.dtype not in dtypes:
         return (
             "unsupported_dtype",
-            f"the depthwise kernel does not take {site.dtype} on {site.device.type}",
+            f"the {name} kernel does not take {site.dtype} on {site.device.type}",
         )
     status = extension.load("cpu")
     if not status:
@@ -466,6 +473,30 @@ def _depthwise_call(site: Site) -> _Call:
             list(geometry.dilation), site.activation.name if fused else "none",
         )  # fmt: skip
         result = graph.call_function(DEPTHWISE, arguments)
+        if fused:
+            return result
+        return graph.call_function(
+            activate_, (result, site.activation.name, site.activation.parameters)
+        )
+
+    return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
+
+
+def _pointwise_call(site: Site) -> _Call:
+    fused = site.activation.name in POINTWISE_ACTIVATIONS
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        return (prepack_pointwise(weight, bias, dtype=site.dtype),)
+
+    def emit(
+        graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
+    ) -> fx.Node:
+        prologue = (None, None, None)  # scale, shift, gate
+        arguments = (
+            x, constants[0], shape_hint(site.conv)[1], list(site.geometry.stride), *prologue,
+            residual, site.activation.name if fused else "none",
+        )  # fmt: skip
+        result = graph.call_function(POINTWISE, arguments)
         if fused:
             return result
         return graph.call_function(
