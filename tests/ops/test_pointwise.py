@@ -279,7 +279,7 @@ def test_levels_with_fused_multiply_add_agree_to_the_bit() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("pixels", [1, 2, 3, 4])
+@pytest.mark.parametrize("pixels", [1, 2, 3])
 @pytest.mark.parametrize("channels", [120, 240, 577])
 def test_few_pixels_are_summed_as_well_as_pytorch_does(channels: int, pixels: int) -> None:
     check(Case(channels=channels, out=1000, size=(1, pixels)))
