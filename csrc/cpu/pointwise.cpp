@@ -25,7 +25,7 @@ constexpr int64_t kTileRows = 14;
 // Words that are summed one after another; the sums of such segments are added to each other. One
 // long sum of 1024 float products had over twice the error of PyTorch's. A product of few pixels,
 // which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
-constexpr int64_t kSegmentWords = 256;
+constexpr int64_t kSegmentWords = 128;
 constexpr int64_t kFewPixels = 3;
 constexpr int64_t kFewPixelsSegmentWords = 32;
 
