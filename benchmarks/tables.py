@@ -84,6 +84,37 @@ def depthwise(results: Path = RESULTS) -> str:
     return markdown(head, body) + "\n" + provenance([measured])
 
 
+def pointwise(results: Path = RESULTS) -> str:
+    """The pointwise kernel against each baseline, over all distinct 1x1 layers."""
+    measured = _load(results / "cpu" / "pointwise.json")
+    if measured is None:
+        return not_measured(
+            "python benchmarks/bench_pointwise.py --json benchmarks/results/cpu/pointwise.json"
+        )
+    body = []
+    for group in measured["runs"]:
+        summary = group["summary"]
+        setting = [group["dtype"], group["isa"], str(group["batch"]), str(group["threads"])]
+        passed = all(row["verified"] for row in group["rows"])
+        share = summary["share_of_peak"]["median"]
+        for name, ratio in summary["speedup"].items():
+            cells = [f"**{ratio['geomean']:.2f}x**", f"{ratio['min']:.2f}x", str(ratio["slower"])]
+            body.append(
+                [
+                    *setting,
+                    str(summary["layers"]),
+                    f"{share:.0%} of {group['peak_gflops']:.0f}",
+                    name.replace("_", " "),
+                    *(cells if passed else ["failed"] * 3),
+                ]
+            )
+    head = [
+        "dtype", "level", "batch", "threads", "layers", "median layer, of peak GFLOP/s", "against",
+        "geometric mean", "least", "layers slower",
+    ]  # fmt: skip
+    return markdown(head, body) + "\n" + provenance(measured["runs"])
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -124,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks-cpu": networks,
     "zoo-cpu": zoo,
     "depthwise-cpu": depthwise,
+    "pointwise-cpu": pointwise,
 }
 
 

@@ -22,13 +22,15 @@ from cvfast import backends, env, tolerance
 from cvfast.models import default_input_size, get_model, list_models
 from cvfast.ops.conv import ONEDNN_DTYPES
 from cvfast.ops.depthwise import bytes_moved, flops
+from cvfast.ops.pointwise import bytes_moved as pointwise_bytes
+from cvfast.ops.pointwise import flops as pointwise_flops
 from cvfast.optimize import REASONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
-EXAMPLE = "pointwise"  # CONTRIBUTING's, which is yet to be written
+EXAMPLE = "linear"  # CONTRIBUTING's, which is yet to be written
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -152,6 +154,7 @@ def test_support_matrix() -> None:
     matrix = rows(README, "| operator | backend |")
     assert {(row[0], row[1]) for row in matrix} == {
         ("`depthwise`", "`cpu`"), ("`depthwise`", "`onednn`"), ("`depthwise`", "`reference`"),
+        ("`pointwise`", "`cpu`"), ("`pointwise`", "`onednn`"), ("`pointwise`", "`reference`"),
         ("`conv`", "`cpu`"), ("`conv`", "`onednn`"), ("`conv`", "`reference`"),
     }  # fmt: skip
     for operator, backend, *cells in matrix:
@@ -165,6 +168,17 @@ def test_counts_of_the_depthwise_page() -> None:
     counts = {row[0]: row[1] for row in rows(page, "| | |")}
     operations = flops((3, 3), shape)
     moved = bytes_moved(shape, (3, 3), shape)
+    assert counts["operations"].endswith(f"= {operations:,}")
+    assert counts["bytes"].endswith(f"= {moved:,}")
+    assert float(counts["operations per byte"]) == round(operations / moved, 1)
+
+
+def test_counts_of_the_pointwise_page() -> None:
+    page = TEXTS["docs/kernels/pointwise.md"]
+    shape = (1, 320, 7, 7)
+    counts = {row[0]: row[1] for row in rows(page, "| | |")}
+    operations = pointwise_flops(960, shape)
+    moved = pointwise_bytes(960, shape)
     assert counts["operations"].endswith(f"= {operations:,}")
     assert counts["bytes"].endswith(f"= {moved:,}")
     assert float(counts["operations per byte"]) == round(operations / moved, 1)
@@ -263,4 +277,25 @@ def test_depthwise_table_shows_no_speedup_of_a_failed_check(
     rows = [{**setting, "verified": False}]
     text = tables.depthwise(write(tmp_path, "depthwise.json", {"summary": summary, "rows": rows}))
     assert "| failed | failed |" in text
+    assert "2.00x" not in text
+
+
+def test_pointwise_table_shows_no_speedup_of_a_failed_check(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    summary = {
+        "layers": 1,
+        "share_of_peak": {"median": 0.9, "min": 0.8},
+        "speedup": {"onednn": {"geomean": 2.0, "min": 1.25, "slower": 0}},
+    }
+    run = {
+        "dtype": "float32", "isa": "avx2", "batch": 8, "threads": 2, "peak_gflops": 100.0,
+        "summary": summary, "rows": [{"verified": True}], "environment": ENVIRONMENT,
+    }  # fmt: skip
+    text = tables.pointwise(write(tmp_path, "pointwise.json", {"runs": [run]}))
+    row = "| float32 | avx2 | 8 | 2 | 1 | 90% of 100 | onednn | **2.00x** | 1.25x | 0 |"
+    assert row in text
+    failed = {**run, "rows": [{"verified": False}]}
+    text = tables.pointwise(write(tmp_path, "pointwise.json", {"runs": [failed]}))
+    assert "| failed | failed | failed |" in text
     assert "2.00x" not in text

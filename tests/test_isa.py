@@ -33,9 +33,9 @@ def test_levels_start_at_portable_and_the_highest_is_the_default() -> None:
     if platform.machine() == "x86_64":
         flags = Path("/proc/cpuinfo").read_text().split()
         assert ("avx2" in levels) == ("avx2" in flags and "fma" in flags and "f16c" in flags)
-        assert ("avx512" in levels) == {"avx512f", "avx512bw", "avx512vl", "avx512dq"}.issubset(
-            flags
-        )
+        needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+        assert ("avx512" in levels) == needed.issubset(flags)
+        assert ("avx512_bf16" in levels) == {*needed, "avx512_bf16"}.issubset(flags)
 
 
 def test_switching_changes_the_level_and_restores_it() -> None:

@@ -11,6 +11,7 @@
 #include "cpu/conv.h"
 #include "cpu/depthwise.h"
 #include "cpu/isa.h"
+#include "cpu/pointwise.h"
 
 namespace {
 
@@ -33,7 +34,7 @@ cvfast::Activation parse_activation(const std::string& name) {
         ++i;
     }
     STD_TORCH_CHECK(false, "cvfast: unknown activation '", name,
-                    "'; expected none, relu, relu6 or hardswish");
+                    "'; expected none, relu, relu6, hardswish or hardsigmoid");
     return cvfast::Activation::none;
 }
 
@@ -41,6 +42,45 @@ cvfast::Activation parse_activation(const std::string& name) {
 int64_t positions(int64_t size, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
     const int64_t free = size + 2 * pad - dilation * (kernel - 1) - 1;
     return free < 0 ? 0 : free / stride + 1;
+}
+
+bool channels_adjacent(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1; }
+
+// An image operand of `op`, of x's dtype and of this size.
+void check_image(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                 const int64_t (&sizes)[4]) {
+    bool fits = t.dim() == 4;
+    for (int i = 0; i < 4 && fits; ++i) fits = t.size(i) == sizes[i];
+    STD_TORCH_CHECK(fits, "cvfast::", op, ": ", name, " must be [", sizes[0], ", ", sizes[1], ", ",
+                    sizes[2], ", ", sizes[3], "]");
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type(), "cvfast::", op, ": ", name,
+                    " must have the dtype of x and be on the CPU");
+    STD_TORCH_CHECK(channels_adjacent(t), "cvfast::", op, ": ", name,
+                    " must be channels-last (stride 1 along C); use "
+                    "contiguous(memory_format=torch.channels_last)");
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+    return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+// Calls `run` with the type of x's elements.
+template <class Run>
+void with_element_type(const char* op, const Tensor& x, const Run& run) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            run(std::type_identity<float>{});
+            break;
+        case ScalarType::BFloat16:
+            run(std::type_identity<cvfast::BFloat16>{});
+            break;
+        case ScalarType::Half:
+            run(std::type_identity<cvfast::Half>{});
+            break;
+        default:
+            STD_TORCH_CHECK(false, "cvfast::", op, ": x must be float32, bfloat16 or float16");
+    }
 }
 
 Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
@@ -94,25 +134,111 @@ Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
     s.out_image = s.out_row * s.out_height;
 
     const auto* weights = static_cast<const float*>(packed.const_data_ptr());
-    const auto run = [&]<class T>(std::type_identity<T>) {
+    with_element_type("depthwise_prepacked", x, [&]<class T>(std::type_identity<T>) {
         cvfast::depthwise(s, static_cast<const T*>(x.const_data_ptr()), weights,
                           static_cast<T*>(out.mutable_data_ptr()), torch_pool());
-    };
-    switch (x.scalar_type()) {
-        case ScalarType::Float:
-            run(std::type_identity<float>{});
-            break;
-        case ScalarType::BFloat16:
-            run(std::type_identity<cvfast::BFloat16>{});
-            break;
-        case ScalarType::Half:
-            run(std::type_identity<cvfast::Half>{});
-            break;
-        default:
-            STD_TORCH_CHECK(false,
-                            "cvfast::depthwise_prepacked: x must be float32, bfloat16 or float16");
-    }
+    });
     return out;
+}
+
+// Distances, in elements, between the pixels, rows and images of a channels-last tensor of this
+// size. Where there is but one, torch's stride means nothing; it becomes the one that lets rows and
+// images run into each other.
+struct PixelStrides {
+    int64_t image, row, pixel;
+
+    PixelStrides(const Tensor& t, int64_t batch, int64_t height, int64_t width,
+                 const std::vector<int64_t>& step = {1, 1})
+        : image(t.stride(0)), row(t.stride(2) * step[0]), pixel(t.stride(3) * step[1]) {
+        if (width == 1) pixel = height == 1 ? image : row;
+        if (height == 1) row = pixel * width;
+        if (batch == 1) image = row * height;
+    }
+};
+
+void check_vector(const char* name, const std::optional<Tensor>& vector, int64_t channels) {
+    if (!vector) return;
+    STD_TORCH_CHECK(vector->is_cpu() && vector->scalar_type() == ScalarType::Float &&
+                        vector->dim() == 1 && vector->size(0) == channels &&
+                        vector->is_contiguous(),
+                    "cvfast::pointwise_cpu: ", name, " must be ", channels,
+                    " contiguous float32 numbers, one per channel of x");
+}
+
+Tensor pointwise_out(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& stride,
+                     const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                     const std::optional<Tensor>& gate, const std::optional<Tensor>& residual,
+                     const std::string& activation, Tensor out) {
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "cvfast::pointwise_cpu: x must be [N, C, H, W]");
+    STD_TORCH_CHECK(channels_adjacent(x),
+                    "cvfast::pointwise_cpu: x must be channels-last (stride 1 along C); use "
+                    "x.contiguous(memory_format=torch.channels_last)");
+    STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                    "cvfast::pointwise_cpu: stride takes two positive numbers");
+    STD_TORCH_CHECK(out.dim() == 4, "cvfast::pointwise_cpu: out must be [N, C, H, W]");
+    cvfast::PointwiseShape s{};
+    s.batch = x.size(0), s.in_channels = x.size(1), s.out_channels = out.size(1);
+    s.height = (x.size(2) + stride[0] - 1) / stride[0];
+    s.width = (x.size(3) + stride[1] - 1) / stride[1];
+    s.activation = parse_activation(activation);
+    const int64_t sizes[4] = {s.batch, s.out_channels, s.height, s.width};
+    check_image("pointwise_cpu", "out", out, x, sizes);
+    if (residual) check_image("pointwise_cpu", "residual", *residual, x, sizes);
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
+                    "cvfast::pointwise_cpu: scale and shift come together");
+    check_vector("scale", scale, s.in_channels);
+    check_vector("shift", shift, s.in_channels);
+    STD_TORCH_CHECK(
+        !gate || (gate->is_cpu() && gate->scalar_type() == x.scalar_type() && gate->dim() == 2 &&
+                  gate->size(0) == s.batch && gate->size(1) == s.in_channels &&
+                  (s.in_channels == 1 || gate->stride(1) == 1)),
+        "cvfast::pointwise_cpu: gate must be [", s.batch, ", ", s.in_channels,
+        "] with adjacent channels and of x's dtype");
+
+    const bool pairs = x.scalar_type() == ScalarType::BFloat16;
+    const int64_t rows = cvfast::pointwise_packed_rows(s.in_channels, s.out_channels, pairs);
+    STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.dim() == 2 &&
+                        packed.scalar_type() == (pairs ? ScalarType::Int : ScalarType::Float) &&
+                        packed.size(0) == rows && packed.size(1) == cvfast::kPointwisePanel,
+                    "cvfast::pointwise_cpu: packed does not come from prepack() for ",
+                    s.in_channels, " to ", s.out_channels, " channels of x's dtype");
+
+    const PixelStrides from(x, s.batch, s.height, s.width, stride);
+    s.x_image = from.image, s.x_row = from.row, s.x_pixel = from.pixel;
+    const PixelStrides to(out, s.batch, s.height, s.width);
+    s.out_image = to.image, s.out_row = to.row, s.out_pixel = to.pixel;
+    if (residual) {
+        const PixelStrides added(*residual, s.batch, s.height, s.width);
+        s.residual_image = added.image, s.residual_row = added.row, s.residual_pixel = added.pixel;
+    }
+    if (gate) s.gate_image = gate->stride(0);
+
+    with_element_type("pointwise_cpu", x, [&]<class T>(std::type_identity<T>) {
+        const cvfast::PointwiseOperands<T> operands{
+            static_cast<const T*>(x.const_data_ptr()),
+            static_cast<const float*>(packed.const_data_ptr()),
+            data_or_null<float>(scale),
+            data_or_null<float>(shift),
+            data_or_null<T>(gate),
+            data_or_null<T>(residual),
+            static_cast<T*>(out.mutable_data_ptr())};
+        cvfast::pointwise(s, operands, torch_pool());
+    });
+    return out;
+}
+
+Tensor pointwise_cpu(const Tensor& x, const Tensor& packed, int64_t out_channels,
+                     const std::vector<int64_t>& stride, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift, const std::optional<Tensor>& gate,
+                     const std::optional<Tensor>& residual, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4 && stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                    "cvfast::pointwise_cpu: x must be [N, C, H, W], and stride two positive "
+                    "numbers");
+    const int64_t sizes[] = {x.size(0), out_channels, (x.size(2) + stride[0] - 1) / stride[0],
+                             (x.size(3) + stride[1] - 1) / stride[1]};
+    Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, std::nullopt,
+                                      std::nullopt, MemoryFormat::ChannelsLast);
+    return pointwise_out(x, packed, stride, scale, shift, gate, residual, activation, out);
 }
 
 // Which algorithm weights of this shape were packed for: that tells from the number of their taps.
@@ -133,20 +259,6 @@ std::optional<cvfast::ConvAlgorithm> packed_for(const cvfast::ConvShape& s, cons
     return std::nullopt;
 }
 
-void check_image(const char* name, const Tensor& t, const Tensor& x,
-                 std::initializer_list<int64_t> sizes) {
-    bool fits = t.dim() == 4;
-    for (int i = 0; const int64_t size : sizes) fits = fits && t.size(i++) == size;
-    const int64_t* s = sizes.begin();
-    STD_TORCH_CHECK(fits, "cvfast::conv_cpu: ", name, " must be [", s[0], ", ", s[1], ", ", s[2],
-                    ", ", s[3], "]");
-    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_cpu(), "cvfast::conv_cpu: ", name,
-                    " must have the dtype of x and be on the CPU");
-    STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, "cvfast::conv_cpu: ", name,
-                    " must be channels-last (stride 1 along C); use "
-                    "contiguous(memory_format=torch.channels_last)");
-}
-
 cvfast::ImageStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(2), t.stride(3)}; }
 
 cvfast::ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
@@ -156,7 +268,7 @@ cvfast::ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
                              const std::vector<int64_t>& dilation, const std::string& activation) {
     STD_TORCH_CHECK(x.dim() == 4, "cvfast::conv_cpu: x must be [N, C, H, W], got ", x.dim(),
                     " dimensions");
-    check_image("x", x, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    check_image("conv_cpu", "x", x, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
     STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
                         dilation.size() == 2,
                     "cvfast::conv_cpu: kernel_size, stride, padding and dilation take two numbers "
@@ -173,7 +285,7 @@ cvfast::ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
     if (x2) {
         STD_TORCH_CHECK(x2->dim() == 4, "cvfast::conv_cpu: x2 must be [N, C, H, W], got ",
                         x2->dim(), " dimensions");
-        check_image("x2", *x2, x, {s.batch, x2->size(1), s.height, s.width});
+        check_image("conv_cpu", "x2", *x2, x, {s.batch, x2->size(1), s.height, s.width});
         STD_TORCH_CHECK(s.x_channels % 16 == 0,
                         "cvfast::conv_cpu: with x2, the channels of x must "
                         "be a multiple of 16, got ",
@@ -197,10 +309,11 @@ cvfast::ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
 
 void run_conv(cvfast::ConvShape s, const Tensor& x, const Tensor& packed,
               const std::optional<Tensor>& residual, const std::optional<Tensor>& x2, Tensor& out) {
-    check_image("out", out, x, {s.batch, s.out_channels, s.out_height, s.out_width});
+    check_image("conv_cpu", "out", out, x, {s.batch, s.out_channels, s.out_height, s.out_width});
     s.out = strides_of(out);
     if (residual) {
-        check_image("residual", *residual, x, {s.batch, s.out_channels, s.out_height, s.out_width});
+        check_image("conv_cpu", "residual", *residual, x,
+                    {s.batch, s.out_channels, s.out_height, s.out_width});
         s.residual = strides_of(*residual);
     }
     const auto algorithm = packed_for(s, packed);
@@ -214,29 +327,13 @@ void run_conv(cvfast::ConvShape s, const Tensor& x, const Tensor& packed,
     // torch aligns what it allocates to 64 bytes.
     const int64_t bytes[] = {cvfast::conv_workspace_bytes(plan)};
     Tensor workspace = torch::stable::empty(bytes, ScalarType::Byte);
-    const auto run = [&]<class T>(std::type_identity<T>) {
-        const auto data = [](const std::optional<Tensor>& t) {
-            return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-        };
-        const cvfast::ConvOperands<T> operands{static_cast<const T*>(x.const_data_ptr()), data(x2),
-                                               static_cast<const float*>(packed.const_data_ptr()),
-                                               data(residual),
-                                               static_cast<T*>(out.mutable_data_ptr())};
+    with_element_type("conv_cpu", x, [&]<class T>(std::type_identity<T>) {
+        const cvfast::ConvOperands<T> operands{
+            static_cast<const T*>(x.const_data_ptr()), data_or_null<T>(x2),
+            static_cast<const float*>(packed.const_data_ptr()), data_or_null<T>(residual),
+            static_cast<T*>(out.mutable_data_ptr())};
         cvfast::conv(s, plan, operands, workspace.mutable_data_ptr(), parallel);
-    };
-    switch (x.scalar_type()) {
-        case ScalarType::Float:
-            run(std::type_identity<float>{});
-            break;
-        case ScalarType::BFloat16:
-            run(std::type_identity<cvfast::BFloat16>{});
-            break;
-        case ScalarType::Half:
-            run(std::type_identity<cvfast::Half>{});
-            break;
-        default:
-            STD_TORCH_CHECK(false, "cvfast::conv_cpu: x must be float32, bfloat16 or float16");
-    }
+    });
 }
 
 Tensor conv_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& residual,
@@ -292,6 +389,8 @@ void cpu_select_isa(const std::string& name) {
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
     m.impl("depthwise_prepacked", TORCH_BOX(&depthwise_prepacked));
+    m.impl("pointwise_cpu", TORCH_BOX(&pointwise_cpu));
+    m.impl("pointwise_cpu.out", TORCH_BOX(&pointwise_out));
     m.impl("conv_cpu", TORCH_BOX(&conv_cpu));
     m.impl("conv_cpu_out", TORCH_BOX(&conv_cpu_out));
 }

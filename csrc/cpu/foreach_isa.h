@@ -1,5 +1,6 @@
 // Compiles CVFAST_KERNEL_SOURCE once per instruction-set level, each in its own namespace
-// (cvfast::portable, cvfast::avx2, cvfast::avx512).
+// (cvfast::portable, cvfast::avx2, cvfast::avx512; and cvfast::avx512_bf16 where
+// CVFAST_KERNEL_BF16_DOT says that the kernel uses its bfloat16 dot product).
 //
 // Code compiled for a high level must not leak into the baseline: an inline function of the
 // standard library instantiated under a target pragma could be the copy that the linker keeps. So
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -64,11 +66,30 @@ CVFAST_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #undef CVFAST_ISA_NAMESPACE
 CVFAST_TARGET_END
 
+#if defined(CVFAST_KERNEL_BF16_DOT)
+CVFAST_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define CVFAST_ISA_NAMESPACE avx512_bf16
+#define CVFAST_BF16_DOT
+#include "cpu/simd_avx512.h"
+#undef CVFAST_BF16_DOT
+#include "cpu/opaque.h"
+#include "cpu/activation.h"
+#include CVFAST_KERNEL_SOURCE
+#undef CVFAST_ISA_NAMESPACE
+CVFAST_TARGET_END
+#else
+namespace cvfast {
+namespace avx512_bf16 = avx512;
+}
+#endif
+
 // One entry per level, in the order of Isa.
-#define CVFAST_ISA_TABLE(function) {portable::function, avx2::function, avx512::function}
+#define CVFAST_ISA_TABLE(function) \
+    {portable::function, avx2::function, avx512::function, avx512_bf16::function}
 
 #else
 
-#define CVFAST_ISA_TABLE(function) {portable::function, portable::function, portable::function}
+#define CVFAST_ISA_TABLE(function) \
+    {portable::function, portable::function, portable::function, portable::function}
 
 #endif

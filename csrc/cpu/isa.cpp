@@ -32,7 +32,9 @@ Isa detect() {
     const bool avx2 = has(b, 5);
     if (!(avx && fma && f16c && avx2 && (state & kYmm) == kYmm)) return Isa::portable;
     const bool avx512 = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);  // F, DQ, BW, VL
-    return avx512 && (state & kZmm) == kZmm ? Isa::avx512 : Isa::avx2;
+    if (!(avx512 && (state & kZmm) == kZmm)) return Isa::avx2;
+    const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+    return bf16 ? Isa::avx512_bf16 : Isa::avx512;
 }
 
 #else

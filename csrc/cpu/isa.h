@@ -5,9 +5,10 @@
 
 namespace cvfast {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
-inline constexpr int kIsaCount = 3;
-inline constexpr std::string_view kIsaNames[kIsaCount] = {"portable", "avx2", "avx512"};
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+inline constexpr int kIsaCount = 4;
+inline constexpr std::string_view kIsaNames[kIsaCount] = {"portable", "avx2", "avx512",
+                                                          "avx512_bf16"};
 
 // The highest level that the CPU implements and the operating system saves the registers of;
 // every lower level is available too.

@@ -7,6 +7,7 @@ inline constexpr int kVectors = 16;
 using Vec = __m256;
 
 CVFAST_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
+CVFAST_INLINE Vec set1_pair(double two) { return _mm256_castpd_ps(_mm256_set1_pd(two)); }
 
 CVFAST_INLINE Vec widen(const Half*, __m128i h) { return _mm256_cvtph_ps(h); }
 CVFAST_INLINE Vec widen(const BFloat16*, __m128i h) {
@@ -58,6 +59,23 @@ CVFAST_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 CVFAST_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+// Sums of neighbouring lanes, in the low half.
+CVFAST_INLINE Vec add_neighbours(Vec v) {
+    const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(v, v));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0x08));
+}
+
+// c plus the dot product of each lane's two bfloat16 numbers.
+CVFAST_INLINE Vec even(Vec v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16));
+}
+CVFAST_INLINE Vec odd(Vec v) {
+    return _mm256_and_ps(v, set1(__builtin_bit_cast(float, 0xffff0000u)));
+}
+CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+    return fma(even(a), even(b), fma(odd(a), odd(b), c));
+}
 
 // MAXPS and MINPS return their second operand where either is NaN.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return _mm256_max_ps(set1(bound), x); }

@@ -7,6 +7,7 @@ inline constexpr int kVectors = 32;
 using Vec = __m512;
 
 CVFAST_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
+CVFAST_INLINE Vec set1_pair(double two) { return _mm512_castpd_ps(_mm512_set1_pd(two)); }
 
 CVFAST_INLINE Vec widen(const Half*, __m256i h) { return _mm512_cvtph_ps(h); }
 CVFAST_INLINE Vec widen(const BFloat16*, __m256i h) {
@@ -56,6 +57,28 @@ CVFAST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 CVFAST_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+// Sums of neighbouring lanes, in the low half.
+CVFAST_INLINE Vec add_neighbours(Vec v) {
+    return _mm512_maskz_compress_ps(0x5555, _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1)));
+}
+
+// c plus the dot product of each lane's two bfloat16 numbers.
+#if defined(CVFAST_BF16_DOT)
+CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
+}
+#else
+CVFAST_INLINE Vec even(Vec v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16));
+}
+CVFAST_INLINE Vec odd(Vec v) {
+    return _mm512_and_ps(v, set1(__builtin_bit_cast(float, 0xffff0000u)));
+}
+CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+    return fma(even(a), even(b), fma(odd(a), odd(b), c));
+}
+#endif
 
 // MAXPS and MINPS return their second operand where either is NaN.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return _mm512_max_ps(set1(bound), x); }

@@ -8,6 +8,10 @@ inline constexpr int kVectors = 16;  // architectural vector registers
 typedef float Vec __attribute__((vector_size(16)));
 
 CVFAST_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
+CVFAST_INLINE Vec set1_pair(double two) {
+    typedef double Pairs __attribute__((vector_size(16)));
+    return __builtin_bit_cast(Vec, Pairs{two, two});
+}
 
 CVFAST_INLINE Vec load(const float* p) {
     Vec v;
@@ -43,6 +47,19 @@ CVFAST_INLINE Vec add(Vec a, Vec b) { return a + b; }
 CVFAST_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 CVFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+// Sums of neighbouring lanes, in the low half.
+CVFAST_INLINE Vec add_neighbours(Vec v) { return Vec{v[0] + v[1], v[2] + v[3], 0, 0}; }
+
+// c plus the dot product of each lane's two bfloat16 numbers.
+typedef uint32_t Bits __attribute__((vector_size(16)));
+CVFAST_INLINE Vec even(Vec v) { return __builtin_bit_cast(Vec, __builtin_bit_cast(Bits, v) << 16); }
+CVFAST_INLINE Vec odd(Vec v) {
+    return __builtin_bit_cast(Vec, __builtin_bit_cast(Bits, v) & 0xffff0000u);
+}
+CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+    return fma(even(a), even(b), fma(odd(a), odd(b), c));
+}
 
 // A NaN in x is kept: comparisons with NaN are false.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) {

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from cvfast import extension
 from cvfast.ops.activation import activate_
+from cvfast.ops.conv import CPU_ACTIVATIONS as CONV_ACTIVATIONS
+from cvfast.ops.conv import CPU_DTYPES as CONV_DTYPES
 from cvfast.ops.conv import (
-    CPU_ACTIVATIONS,
-    CPU_DTYPES,
     OneDnnWeight,
     bytes_moved,
     choose_algorithm,
@@ -31,6 +31,9 @@ from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
 from cvfast.ops.fold import fold_batch_norm
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
+from cvfast.ops.pointwise import ACTIVATIONS as POINTWISE_ACTIVATIONS
+from cvfast.ops.pointwise import KERNEL_DTYPES as POINTWISE_DTYPES
+from cvfast.ops.pointwise import prepack as prepack_pointwise
 
 from .capture import Capture, shape_hint
 from .match import Leftover, Site, find_sites, read_activation
@@ -39,7 +42,8 @@ from .report import Row, skipped
 
 aten = torch.ops.aten
 DEPTHWISE = torch.ops.cvfast.depthwise_prepacked.default
-CONV_CPU = torch.ops.cvfast.conv_cpu.default
+POINTWISE = torch.ops.cvfast.pointwise_cpu.default
+CONV = torch.ops.cvfast.conv_cpu.default
 
 _KEEP_LAYOUT = {
     aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
@@ -271,7 +275,7 @@ class _Lowering:
     def _with_channels_innermost(self, node: fx.Node) -> fx.Node:
         """``node``'s value for kernels that refuse any other layout; checked where uncertain."""
         value = self._value(node)
-        if value.target in (conv_onednn, channels_last, DEPTHWISE, CONV_CPU):
+        if value.target in (conv_onednn, channels_last, DEPTHWISE, POINTWISE, CONV):
             return value
         return self.graph.call_function(channels_innermost, (value,))
 
@@ -318,7 +322,7 @@ class _Lowering:
 
     def _reuse_memory(self) -> None:
         """Let an elementwise step overwrite its argument where it is the sole reader."""
-        kernels = (conv_onednn, conv_torch, CONV_CPU)
+        kernels = (conv_onednn, conv_torch, POINTWISE, CONV)
         for node in list(self.graph.nodes):
             if node.op != "call_function" or read_activation(node) is None:
                 continue
@@ -418,15 +422,10 @@ def _candidates(
     """Kernel calls that can compute the site, the preferred first; if there are none, why."""
     calls: list[_Call] = []
     refusals: list[tuple[str, str]] = []
-    if wanted in ("auto", "cpu") and site.is_depthwise:
-        if (refusal := _depthwise_unsupported(site, channels_last)) is None:
-            calls.append(_depthwise_call(site))
-        else:
-            refusals.append(refusal)
-    own_conv = wanted in ("auto", "cpu") and _is_dense(site)
-    if own_conv and (wanted == "cpu" or _beats_onednn(site)):
-        if (refusal := _conv_cpu_unsupported(site, channels_last)) is None:
-            calls.append(_conv_cpu_call(site))
+    kernel = _own_kernel(site, wanted) if wanted in ("auto", "cpu") else None
+    if kernel is not None:
+        if (refusal := _own_unsupported(site, kernel, channels_last)) is None:
+            calls.append(kernel.call(site))
         else:
             refusals.append(refusal)
     if wanted in ("auto", "onednn"):
@@ -441,14 +440,38 @@ def _candidates(
     return calls, refusals[0] if refusals else nobody
 
 
+class _Kernel(NamedTuple):
+    """One of cvfast's own kernels."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    call: Callable[[Site], _Call]
+
+
+def _own_kernel(site: Site, wanted: str) -> _Kernel | None:
+    """The kernel of cvfast's own for the site: with ``auto`` only where it beats oneDNN."""
+    if site.is_depthwise:
+        return _Kernel("depthwise", DEPTHWISE_DTYPES, _depthwise_call)
+    if site.is_pointwise:
+        return _Kernel("pointwise", POINTWISE_DTYPES, _pointwise_call)
+    dense = site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
+    if dense and (wanted != "auto" or _conv_beats_onednn(site)):
+        return _Kernel("convolution", CONV_DTYPES, _conv_call)
+    return None
+
+
 _SMALL_FLOPS = 16e6
 """Operations below which a call of oneDNN costs more time before its kernel than in it. Measured:
 the direct kernel is 1.1 to 1.5 times as fast on 4 to 14 MFLOP, level with it above."""
 
 
-def _is_dense(site: Site) -> bool:
-    """Convolutions of one group that read neighbours."""
-    return site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
+def _conv_beats_onednn(site: Site) -> bool:
+    """Where Winograd saves arithmetic, or the call is small; in float32, as oneDNN multiplies
+    bfloat16 at twice the rate."""
+    if site.dtype != torch.float32:
+        return False
+    shapes = shape_hint(site.source), shape_hint(site.weight), shape_hint(site.conv)
+    return _conv_algorithm(site) != "direct" or flops(*shapes) < _SMALL_FLOPS
 
 
 def _conv_algorithm(site: Site) -> str:
@@ -459,58 +482,19 @@ def _conv_algorithm(site: Site) -> str:
     )  # fmt: skip
 
 
-def _beats_onednn(site: Site) -> bool:
-    """Where Winograd saves arithmetic, or the call is small; in float32, as oneDNN multiplies
-    bfloat16 at twice the rate."""
-    if site.dtype != torch.float32:
-        return False
-    shapes = shape_hint(site.source), shape_hint(site.weight), shape_hint(site.conv)
-    return _conv_algorithm(site) != "direct" or flops(*shapes) < _SMALL_FLOPS
-
-
-def _conv_cpu_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+def _own_unsupported(site: Site, kernel: _Kernel, channels_last: bool) -> tuple[str, str] | None:
     if not channels_last:
-        return ("layout", "the convolution kernels need channels-last memory")
-    if site.device.type != "cpu" or site.dtype not in CPU_DTYPES:
+        return ("layout", f"the {kernel.name} kernel needs channels-last memory")
+    if site.device.type != "cpu" or site.dtype not in kernel.dtypes:
         return (
             "unsupported_dtype",
-            f"the convolution kernels do not take {site.dtype} on {site.device.type}",
+            f"the {kernel.name} kernel does not take {site.dtype} on {site.device.type}",
         )
-    return _extension_missing()
-
-
-def _extension_missing() -> tuple[str, str] | None:
     status = extension.load("cpu")
-    if status:
-        return None
-    extension.warn_missing("cpu")
-    return ("no_extension", str(status))
-
-
-def _conv_cpu_call(site: Site) -> _Call:
-    geometry, activation = site.geometry, site.activation
-    algorithm = _conv_algorithm(site)
-    fused = activation.name in CPU_ACTIVATIONS
-
-    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        # A transform would spread a NaN among the weights over its kernel.
-        finite = algorithm == "direct" or bool(weight.isfinite().all())
-        return (prepack_conv(weight, bias, algorithm=algorithm if finite else "direct"),)
-
-    def emit(
-        graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
-    ) -> fx.Node:
-        arguments = (
-            x, constants[0], residual, None, list(geometry.kernel), shape_hint(site.conv)[1],
-            list(geometry.stride), list(geometry.padding), list(geometry.dilation),
-            activation.name if fused else "none",
-        )  # fmt: skip
-        result = graph.call_function(CONV_CPU, arguments)
-        if fused:
-            return result
-        return graph.call_function(activate_, (result, activation.name, activation.parameters))
-
-    return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
+    if not status:
+        extension.warn_missing("cpu")
+        return ("no_extension", str(status))
+    return None
 
 
 def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
@@ -520,40 +504,79 @@ def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | No
     return None if unsupported is None else ("unsupported_dtype", unsupported)
 
 
-def _depthwise_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
-    if not channels_last:
-        return ("layout", "the depthwise kernel needs channels-last memory")
-    if site.device.type != "cpu" or site.dtype not in DEPTHWISE_DTYPES:
-        return (
-            "unsupported_dtype",
-            f"the depthwise kernel does not take {site.dtype} on {site.device.type}",
-        )
-    return _extension_missing()
+def _own_call(
+    site: Site,
+    op: Any,
+    activations: Sequence[str],
+    pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]],
+    arguments: Callable[[fx.Node, fx.Node, fx.Node | None, str], tuple[Any, ...]],
+) -> _Call:
+    """A call of one of cvfast's own kernels; an activation that it lacks follows as a pass.
 
-
-def _depthwise_call(site: Site) -> _Call:
-    geometry = site.geometry
-    out_channels, in_channels = shape_hint(site.conv)[1], geometry.groups
-    fused = site.activation.name in DEPTHWISE_ACTIVATIONS
-
-    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        return (prepack_depthwise(weight, bias, multiplier=out_channels // in_channels),)
+    ``arguments`` orders what ``op`` takes: the image, packed weights, residual and activation.
+    """
+    activation = site.activation
+    fused = activation.name in activations
 
     def emit(
         graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
     ) -> fx.Node:
-        arguments = (
-            x, constants[0], list(geometry.kernel), list(geometry.stride), list(geometry.padding),
-            list(geometry.dilation), site.activation.name if fused else "none",
-        )  # fmt: skip
-        result = graph.call_function(DEPTHWISE, arguments)
+        name = activation.name if fused else "none"
+        result = graph.call_function(op, arguments(x, constants[0], residual, name))
         if fused:
             return result
-        return graph.call_function(
-            activate_, (result, site.activation.name, site.activation.parameters)
-        )
+        return graph.call_function(activate_, (result, activation.name, activation.parameters))
 
     return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
+
+
+def _depthwise_call(site: Site) -> _Call:
+    geometry = site.geometry
+    multiplier = shape_hint(site.conv)[1] // geometry.groups
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        return (prepack_depthwise(weight, bias, multiplier=multiplier),)
+
+    def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
+        assert residual is None
+        return (
+            x, packed, list(geometry.kernel), list(geometry.stride), list(geometry.padding),
+            list(geometry.dilation), activation,
+        )  # fmt: skip
+
+    return _own_call(site, DEPTHWISE, DEPTHWISE_ACTIVATIONS, pack, arguments)
+
+
+def _pointwise_call(site: Site) -> _Call:
+    out_channels, stride = shape_hint(site.conv)[1], list(site.geometry.stride)
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        return (prepack_pointwise(weight, bias, dtype=site.dtype),)
+
+    def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
+        prologue = (None, None, None)  # scale, shift, gate
+        return (x, packed, out_channels, stride, *prologue, residual, activation)
+
+    return _own_call(site, POINTWISE, POINTWISE_ACTIVATIONS, pack, arguments)
+
+
+def _conv_call(site: Site) -> _Call:
+    geometry, out_channels = site.geometry, shape_hint(site.conv)[1]
+    algorithm = _conv_algorithm(site)
+
+    def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        # A transform would spread a NaN among the weights over its kernel.
+        finite = algorithm == "direct" or bool(weight.isfinite().all())
+        return (prepack_conv(weight, bias, algorithm=algorithm if finite else "direct"),)
+
+    def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
+        x2 = None
+        return (
+            x, packed, residual, x2, list(geometry.kernel), out_channels, list(geometry.stride),
+            list(geometry.padding), list(geometry.dilation), activation,
+        )  # fmt: skip
+
+    return _own_call(site, CONV, CONV_ACTIVATIONS, pack, arguments)
 
 
 def _onednn_call(site: Site) -> _Call:

@@ -105,6 +105,12 @@ class Site:
         return self.geometry.groups > 1 and self.geometry.groups == shape_hint(self.source)[1]
 
     @property
+    def is_pointwise(self) -> bool:
+        """A 1x1 convolution without groups or padding, of any stride."""
+        geometry = self.geometry
+        return geometry.kernel == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+
+    @property
     def pattern(self) -> str:
         """For the report: ``depthwise+bn+relu6``."""
         parts = ["depthwise" if self.is_depthwise else "conv"]

@@ -240,7 +240,7 @@ def test_backend_is_obeyed(net: nn.Module, backend: str) -> None:
     optimized = cvfast.optimize(net, X, backend=backend)
     check_equal(optimized, net, X)
     assert {row.backend for row in optimized.report.fused} == {backend}
-    assert len(optimized.report.fused) == (2 if backend == "cpu" else 4)
+    assert len(optimized.report.fused) == 4
 
 
 class ResidualPair(nn.Module):
@@ -276,6 +276,52 @@ def test_weights_that_are_not_finite_spread_no_further_than_in_eager() -> None:
     assert [row.backend for row in optimized.report.fused] == ["cpu"]
     with torch.no_grad():
         assert torch.equal(optimized(x).isfinite(), model(x).isfinite())
+
+
+class Pointwise(nn.Module):
+    """1x1 convolutions in every surrounding that lowering knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                conv_bn(3, 24, 1, activation=nn.Hardswish),
+                conv_bn(24, 40, 1, stride=2, activation=nn.ReLU6),
+                conv_bn(40, 40, 1, activation=nn.Identity),
+                conv_bn(40, 17, 1, activation=nn.SiLU),
+                nn.Conv2d(17, 17, 1),
+                nn.Conv2d(17, 8, 1, padding=1),
+                nn.Conv2d(8, 8, 1, groups=2),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, residual, silu, added, padded, grouped = self.layers
+        x = second(first(x))
+        x = silu(x + residual(x))
+        x = torch.relu(x + added(x))
+        return grouped(padded(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pointwise_convolutions_run_on_the_kernel_with_what_surrounds_them(
+    dtype: torch.dtype,
+) -> None:
+    model = randomize(Pointwise()).to(dtype)
+    x = X.to(dtype)
+    optimized = cvfast.optimize(model, x)
+    check_equal(optimized, model, x)
+    rows = {row.pattern: row.backend for row in optimized.report.rows[:5]}
+    assert rows == {
+        "conv+bn+hardswish": "cpu",
+        "conv+bn+relu6": "cpu",
+        "conv+bn+add": "cpu",
+        "conv+bn+silu": "cpu",
+        "conv+add+relu": "cpu",
+    }
+    assert all(row.backend != "cpu" for row in optimized.report.rows[5:])
+    wider = torch.randn(3, 3, 9, 14, generator=torch.Generator().manual_seed(2)).to(dtype)
+    check_equal(optimized, model, wider)
 
 
 def test_contiguous_memory_format_skips_what_needs_channels_last(net: nn.Module) -> None:

@@ -1,0 +1,201 @@
+#include "cpu/pointwise.h"
+
+#include <limits>
+#include <memory>
+#include <new>
+
+#define CVFAST_KERNEL_SOURCE "cpu/pointwise_kernel.h"
+#define CVFAST_KERNEL_BF16_DOT
+#include "cpu/foreach_isa.h"
+
+namespace cvfast {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads pay when each has at least this many nanoseconds of work: waking one costs about 3 us.
+constexpr double kNanosecondsPerThread = 4000;
+constexpr double kMultiplyAddsPerNanosecond = 100;
+constexpr double kBytesPerNanosecond = 60;
+
+// The pixels of a block stay in the L2 cache while every panel of weights passes over them.
+constexpr int64_t kBlockBytes = 256 * 1024;
+constexpr int64_t kTileRows = 14;
+
+// Words that are summed one after another; the sums of such segments are added to each other. One
+// long sum of 1024 float products had over twice the error of PyTorch's. A product of few pixels,
+// which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
+constexpr int64_t kSegmentWords = 128;
+constexpr int64_t kFewPixels = 3;
+constexpr int64_t kFewPixelsSegmentWords = 32;
+
+// Bytes of an input channel as it is multiplied: Half is widened first.
+template <class T>
+constexpr int64_t kMultipliedSize = std::is_same_v<T, BFloat16> ? 2 : 4;
+
+// Whether pixels are brought into scratch memory before they are multiplied.
+template <class T>
+bool needs_pack(const PointwiseShape& s, const PointwiseOperands<T>& o) {
+    if (o.scale || o.gate || std::is_same_v<T, Half>) return true;
+    if (s.in_channels * int64_t{sizeof(T)} % 4 != 0) return true;  // half a word would be left over
+    // Pixels a multiple of 4096 bytes apart share one set of the L1 cache, which has fewer ways
+    // than a tile has pixels. The copy pays where enough weights pass over it.
+    return s.x_pixel * int64_t{sizeof(T)} % 4096 == 0 && s.out_channels >= 64;
+}
+
+struct Cut {
+    int64_t row_blocks, panel_blocks;
+};
+
+// The cut for `threads` threads whose slowest thread has least to do: multiply-adds, and bytes of
+// pixels and weights that it reads.
+template <class T>
+Cut cut_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads) {
+    const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
+    const int64_t pixel = pointwise_packed_pixel(s.in_channels, kMultipliedSize<T>);
+    const int64_t most_rows = std::max(kTileRows, kBlockBytes / pixel / kTileRows * kTileRows);
+    Cut best{};
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t panel_blocks = 1; panel_blocks <= std::min<int64_t>(threads, panels);
+         ++panel_blocks) {
+        const int64_t parts = std::max<int64_t>(1, threads / panel_blocks);
+        const int64_t parts_per_run = std::min(ceil_div(parts, runs), run_rows);
+        const int64_t row_blocks =
+            ceil_div(ceil_div(run_rows, most_rows), parts_per_run) * parts_per_run;
+        const double rows =
+            double(ceil_div(runs * row_blocks, parts)) * double(ceil_div(run_rows, row_blocks));
+        const double channels = double(ceil_div(panels, panel_blocks) * kPointwisePanel);
+        const double time =
+            double(s.in_channels) * (rows * channels / kMultiplyAddsPerNanosecond +
+                                     (rows + channels) * double(sizeof(T)) / kBytesPerNanosecond);
+        if (time < least) {
+            least = time;
+            best = {row_blocks, panel_blocks};
+        }
+    }
+    return best;
+}
+
+// Memory that a thread packs pixels into; kept, and grown where a layer needs more.
+void* thread_scratch(int64_t bytes) {
+    constexpr std::align_val_t kAlignment{64};
+    struct Free {
+        void operator()(void* p) const { ::operator delete(p, kAlignment); }
+    };
+    static thread_local std::unique_ptr<void, Free> memory;
+    static thread_local int64_t size = 0;
+    if (size < bytes) {
+        size = 0;
+        memory.reset();
+        memory.reset(::operator new(static_cast<std::size_t>(bytes), kAlignment));
+        size = bytes;
+    }
+    return memory.get();
+}
+
+}  // namespace
+
+template <class T>
+PointwisePlan pointwise_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, int threads) {
+    PointwisePlan p{};
+    if (s.batch * s.height * s.width == 0) return p;
+    // Whether every operand's step of one axis is `inner` of its pixels.
+    const auto even = [&](int64_t inner, int64_t x, int64_t residual, int64_t out) {
+        return x == inner * s.x_pixel && out == inner * s.out_pixel &&
+               (!o.residual || residual == inner * s.residual_pixel);
+    };
+    p.lines = s.height;
+    p.run_rows = s.width;
+    if (s.height == 1 || even(s.width, s.x_row, s.residual_row, s.out_row)) {
+        p.lines = 1;
+        p.run_rows = s.height * s.width;
+    }
+    p.runs = s.batch * p.lines;
+    const bool images_alike =
+        s.batch == 1 || even(p.run_rows, s.x_image, s.residual_image, s.out_image);
+    if (p.lines == 1 && images_alike && !o.gate) {
+        p.runs = 1;
+        p.run_rows *= s.batch;
+    }
+
+    const double pixels = double(s.batch) * double(s.height * s.width);
+    const double in = double(s.in_channels), out = double(s.out_channels);
+    const double bytes = (pixels * (in + out) + in * out) * double(sizeof(T));
+    const double time =
+        pixels * in * out / kMultiplyAddsPerNanosecond + bytes / kBytesPerNanosecond;
+    const double worth = time / kNanosecondsPerThread;
+    p.threads = worth >= threads ? threads : std::max(1, static_cast<int>(worth));
+
+    const Cut cut = cut_for<T>(s, p.runs, p.run_rows, p.threads);
+    p.row_blocks = cut.row_blocks;
+    p.panel_blocks = cut.panel_blocks;
+    p.tasks = p.runs * p.row_blocks * p.panel_blocks;
+    p.pack = needs_pack(s, o);
+    if (p.pack) {
+        p.scratch_bytes = ceil_div(p.run_rows, p.row_blocks) *
+                          pointwise_packed_pixel(s.in_channels, kMultipliedSize<T>);
+    }
+    return p;
+}
+
+template <class T>
+void pointwise_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const PointwisePlan& p,
+                     int64_t begin, int64_t end, void* scratch) {
+    using Kernel = void (*)(const PointwiseBlock<T>&);
+    static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(pointwise_block<T>);
+    const Kernel kernel = kernels[static_cast<int>(current_isa())];
+
+    const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
+    const int64_t words = ceil_div(s.in_channels * kMultipliedSize<T>, 4);
+    PointwiseBlock<T> block{};
+    block.in_channels = s.in_channels;
+    block.x_pixel = s.x_pixel;
+    block.residual_pixel = s.residual_pixel;
+    block.out_pixel = s.out_pixel;
+    block.activation = s.activation;
+    block.segment = p.run_rows <= kFewPixels ? kFewPixelsSegmentWords : kSegmentWords;
+    block.pack = p.pack;
+    block.scratch = scratch;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t row_block = task % p.row_blocks;
+        const int64_t run = task / p.row_blocks % p.runs;
+        const int64_t panel_block = task / p.row_blocks / p.runs;
+        const int64_t image = run / p.lines, line = run % p.lines;
+        const int64_t row = row_block * p.run_rows / p.row_blocks;
+        const int64_t panel = panel_block * panels / p.panel_blocks;
+        const int64_t panel_end = (panel_block + 1) * panels / p.panel_blocks;
+        const int64_t channel = panel * kPointwisePanel;
+        block.rows = (row_block + 1) * p.run_rows / p.row_blocks - row;
+        block.out_channels = std::min(s.out_channels, panel_end * kPointwisePanel) - channel;
+        block.operands = o;
+        block.operands.x += image * s.x_image + line * s.x_row + row * s.x_pixel;
+        block.operands.packed += panel * (words + 1) * kPointwisePanel;
+        if (o.gate) block.operands.gate += image * s.gate_image;
+        if (o.residual) {
+            block.operands.residual +=
+                image * s.residual_image + line * s.residual_row + row * s.residual_pixel + channel;
+        }
+        block.operands.out += image * s.out_image + line * s.out_row + row * s.out_pixel + channel;
+        kernel(block);
+    }
+}
+
+template <class T>
+void pointwise(const PointwiseShape& s, const PointwiseOperands<T>& o, const Parallel& parallel) {
+    const PointwisePlan plan = pointwise_plan(s, o, parallel.threads);
+    parallel(plan.tasks, plan.threads, [&](int64_t begin, int64_t end) {
+        pointwise_tasks(s, o, plan, begin, end, thread_scratch(plan.scratch_bytes));
+    });
+}
+
+#define CVFAST_INSTANTIATE(T)                                                                 \
+    template PointwisePlan pointwise_plan(const PointwiseShape&, const PointwiseOperands<T>&, \
+                                          int);                                               \
+    template void pointwise_tasks(const PointwiseShape&, const PointwiseOperands<T>&,         \
+                                  const PointwisePlan&, int64_t, int64_t, void*);             \
+    template void pointwise(const PointwiseShape&, const PointwiseOperands<T>&, const Parallel&);
+CVFAST_INSTANTIATE(float)
+CVFAST_INSTANTIATE(BFloat16)
+CVFAST_INSTANTIATE(Half)
+
+}  // namespace cvfast

@@ -1,0 +1,89 @@
+// Pointwise (1x1) convolution over channels-last images: a matrix product of pixels and packed
+// weights, with what comes before and after it fused.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/parallel.h"
+#include "common/types.h"
+
+namespace cvfast {
+
+// Output channels per weight panel: the widest vector, so that one packing serves every level.
+inline constexpr int kPointwisePanel = 16;
+
+// Strides count elements. Channels of x, residual and out are adjacent; pixels, rows and images may
+// lie apart, so that each may be a channel slice of a wider buffer. A strided convolution is one
+// over the pixels that it reads: x_row and x_pixel are the image's, times the convolution's stride.
+struct PointwiseShape {
+    int64_t batch, height, width;  // of the output
+    int64_t in_channels, out_channels;
+    int64_t x_image, x_row, x_pixel;
+    int64_t residual_image, residual_row, residual_pixel;
+    int64_t out_image, out_row, out_pixel;
+    int64_t gate_image;
+    Activation activation;
+};
+
+// out = activation(bias + residual + weight * (gate * relu(scale * x + shift)))
+//
+// T: float, BFloat16 or Half; sums are float. Weights are rows of 16 32-bit words, in panels of 16
+// output channels. A panel's first row is the bias, as float; the others are, for float and Half,
+// one float per input channel; for BFloat16 one word per two input channels, the even one in the
+// low half, zero beyond the last. Lanes beyond the last channel are zero.
+//
+// Where 1 to 8 channels remain after the last multiple of 16, they share a half panel: its rows
+// interleave two of these, (c0 w0) (c0 w1) (c1 w0) (c1 w1) ..., so that no lane is idle; the bias
+// stands in the even lanes. At 24 channels that saves a quarter of the time.
+//
+// Rows of packed weights; `pairs` for BFloat16.
+constexpr int64_t pointwise_packed_rows(int64_t in_channels, int64_t out_channels, bool pairs) {
+    const int64_t words = pairs ? (in_channels + 1) / 2 : in_channels;
+    const int64_t rest = out_channels % kPointwisePanel;
+    const bool half_panel = rest != 0 && rest <= kPointwisePanel / 2;
+    const int64_t panels = (out_channels + kPointwisePanel - 1) / kPointwisePanel - half_panel;
+    return panels * (1 + words) + (half_panel ? 1 + (words + 1) / 2 : 0);
+}
+
+// What does not apply is null; scale and shift come together.
+template <class T>
+struct PointwiseOperands {
+    const T* x;
+    const float* packed;
+    const float* scale;  // [in_channels]
+    const float* shift;  // [in_channels]
+    const T* gate;       // [batch][in_channels]
+    const T* residual;
+    T* out;
+};
+
+// How the work is cut into tasks: rows of pixels that lie evenly apart, in blocks, times blocks of
+// weight panels. Tasks write disjoint parts of the output and may run in any order, on any thread;
+// results do not depend on the cut.
+struct PointwisePlan {
+    int64_t runs, run_rows;            // matrices of pixels, and the pixels of each
+    int64_t lines;                     // runs per image; 1 too where one run holds every image
+    int64_t row_blocks, panel_blocks;  // of each run
+    int64_t tasks;                     // runs * row_blocks * panel_blocks
+    int threads;                       // that pay
+    bool pack;                         // pixels are brought into scratch memory
+    int64_t scratch_bytes;             // that each thread needs, aligned to 64 bytes
+};
+
+// The plan for up to `threads` threads.
+template <class T>
+PointwisePlan pointwise_plan(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
+                             int threads);
+
+// Runs the tasks [begin, end) on the calling thread.
+template <class T>
+void pointwise_tasks(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
+                     const PointwisePlan& plan, int64_t begin, int64_t end, void* scratch);
+
+// All of it, on `parallel`'s threads.
+template <class T>
+void pointwise(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
+               const Parallel& parallel);
+
+}  // namespace cvfast

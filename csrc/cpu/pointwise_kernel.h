@@ -1,0 +1,332 @@
+// The pointwise kernel, compiled once per instruction-set level by foreach_isa.h.
+//
+// A tile is a few pixels times one or more vectors of output channels, its sums held in registers.
+// Per word of input channels it loads its vectors of weights once, and broadcasts one word of each
+// pixel: 14 pixels times 2 vectors take 16 loads for 28 multiply-adds, so arithmetic is the limit.
+
+namespace cvfast {
+
+#ifndef CVFAST_POINTWISE_BLOCK
+#define CVFAST_POINTWISE_BLOCK
+// What one task computes: pixels that lie evenly apart, times neighbouring weight panels.
+template <class T>
+struct PointwiseBlock {
+    PointwiseOperands<T> operands;  // from the first pixel and panel on
+    int64_t rows, in_channels, out_channels;
+    int64_t x_pixel, residual_pixel, out_pixel;
+    Activation activation;
+    int64_t segment;  // words that are summed one after another, an even number
+    bool pack;        // bring the pixels into scratch, by pointwise_pack, before they are read
+    void* scratch;
+};
+
+// Bytes between packed pixels: whole cache lines, an odd number of them. At a multiple of 4096 all
+// pixels of a tile would fall into one set of the L1 cache.
+inline int64_t pointwise_packed_pixel(int64_t in_channels, int64_t element_size) {
+    return ((in_channels * element_size + 63) / 64 | 1) * 64;
+}
+
+// Output channels in whole panels; eight or fewer beyond the last multiple of 16 share a half
+// panel.
+inline int64_t pointwise_whole_channels(int64_t out_channels) {
+    const int64_t rest = out_channels % kPointwisePanel;
+    return rest <= kPointwisePanel / 2 ? out_channels - rest : out_channels;
+}
+#endif
+
+namespace CVFAST_ISA_NAMESPACE {
+
+// Pixels per tile at most: with two vectors each, and those of the weights, they fill the
+// registers.
+inline constexpr int kPointwiseRows = kVectors >= 32 ? 14 : 6;
+
+CVFAST_INLINE Vec multiply_add(const float*, Vec a, Vec b, Vec c) { return fma(a, b, c); }
+CVFAST_INLINE Vec multiply_add(const BFloat16*, Vec a, Vec b, Vec c) { return dot_pairs(a, b, c); }
+
+// kWords neighbouring 32-bit words, in every kWords lanes.
+template <int kWords>
+CVFAST_INLINE Vec broadcast_words(const char* p) {
+    std::conditional_t<kWords == 1, float, double> words;
+    std::memcpy(&words, p, sizeof words);
+    if constexpr (kWords == 1) {
+        return set1(words);
+    } else {
+        return set1_pair(words);
+    }
+}
+
+// A is what is multiplied: float or BFloat16 pixels; T the type of the result.
+template <class A, class T>
+struct PointwiseTile {
+    const char* a;        // the first pixel
+    int64_t a_pixel;      // bytes
+    int64_t words;        // of each pixel, to be multiplied
+    const float* panels;  // lane 0 of the first vector's bias, or of the row before the segment's
+    int64_t panel;        // floats from panel to panel
+    float* segment_sums;  // what earlier segments leave to later ones
+    bool first_segment, last_segment;
+    const T* residual;
+    int64_t residual_pixel;
+    T* out;
+    int64_t out_pixel;
+    int last;  // channels of the last vector
+    Activation activation;
+};
+
+template <int V>
+CVFAST_INLINE void load_weights(Vec (&weights)[V], const float* panels, int64_t panel) {
+    constexpr int kPerPanel = kPointwisePanel / kLanes;
+    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        weights[v] = load(panels + v / kPerPanel * panel + v % kPerPanel * kLanes);
+        opaque(weights[v]);
+    }
+}
+
+template <class A, int V>
+CVFAST_INLINE void accumulate(Vec (&sums)[V], Vec x, const Vec (&weights)[V]) {
+    opaque(x);
+    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        sums[v] = multiply_add(static_cast<const A*>(nullptr), x, weights[v], sums[v]);
+        opaque(sums[v]);  // pins the sum to its register
+    }
+}
+
+// kRows pixels times V vectors of channels. kWords is 1, or 2 in the half panel, whose vectors hold
+// two words of half as many channels.
+template <class A, class T, int kRows, int V, int kWords>
+void pointwise_tile(const PointwiseTile<A, T>& t) {
+    const float* panels = t.panels;
+    const int64_t panel = t.panel;
+    Vec weights[V], sums[kRows][V];
+    load_weights(weights, panels, panel);  // the bias
+    if (!t.first_segment) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) weights[v] = set1(0.f);
+    }
+    CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = weights[v];
+    }
+    // One pointer serves five pixels: x86 adds 1, 2 or 4 times an index for free.
+    constexpr int kPointers = (kRows + 4) / 5;
+    const int64_t pixel = t.a_pixel;
+    const char* a[kPointers];
+    CVFAST_UNROLL for (int i = 0; i < kPointers; ++i) a[i] = t.a + 5 * i * pixel;
+    for (int64_t words = t.words; words >= kWords; words -= kWords) {
+        panels += kPointwisePanel;
+        load_weights(weights, panels, panel);
+        CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+            accumulate<A>(sums[r], broadcast_words<kWords>(a[r / 5] + r % 5 * pixel), weights);
+        }
+        CVFAST_UNROLL for (int i = 0; i < kPointers; ++i) {
+            a[i] += kWords * 4;
+            opaque(a[i]);
+        }
+    }
+    if constexpr (kWords == 2) {
+        if (t.words % 2) {
+            load_weights(weights, panels + kPointwisePanel, panel);
+            CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+                char two[8] = {};
+                std::memcpy(two, a[r / 5] + r % 5 * pixel, 4);
+                accumulate<A>(sums[r], broadcast_words<2>(two), weights);
+            }
+        }
+    }
+    if (!t.first_segment) {
+        CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                sums[r][v] = add(sums[r][v], load(t.segment_sums + (r * V + v) * kLanes));
+            }
+        }
+    }
+    if (!t.last_segment) {
+        CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                store(t.segment_sums + (r * V + v) * kLanes, sums[r][v]);
+            }
+        }
+        return;
+    }
+    if constexpr (kWords == 2) {
+        CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = add_neighbours(sums[r][v]);
+        }
+    }
+
+    constexpr int kChannels = kLanes / kWords;
+    const auto channels = [&t](int v) { return v == V - 1 ? t.last : kChannels; };
+    if (t.residual != nullptr) {
+        const T* residual = t.residual;
+        CVFAST_UNROLL for (int r = 0; r < kRows; ++r, residual += t.residual_pixel) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                const T* p = residual + v * kChannels;
+                const int n = channels(v);
+                sums[r][v] = add(sums[r][v], n == kLanes ? load(p) : load_n(p, n));
+            }
+        }
+    }
+    activate_all(sums, t.activation);
+    T* out = t.out;
+    CVFAST_UNROLL for (int r = 0; r < kRows; ++r, out += t.out_pixel) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+            T* p = out + v * kChannels;
+            const int n = channels(v);
+            if (n == kLanes) {
+                store(p, sums[r][v]);
+            } else {
+                store_n(p, sums[r][v], n);
+            }
+        }
+    }
+}
+
+// The tile of `rows` pixels, one of kRows, kRows - 1, ... 1.
+template <class A, class T, int kRows, int V, int kWords>
+CVFAST_INLINE void pointwise_tile_of(int64_t rows, const PointwiseTile<A, T>& t) {
+    if constexpr (kRows == 1) {
+        pointwise_tile<A, T, 1, V, kWords>(t);
+    } else if (rows == kRows) {
+        pointwise_tile<A, T, kRows, V, kWords>(t);
+    } else {
+        pointwise_tile_of<A, T, kRows - 1, V, kWords>(rows, t);
+    }
+}
+
+// Few pixels need more vectors for eight independent sums: a multiply-add takes four cycles, and
+// two start in each.
+inline constexpr int kFewRows = 3;
+inline constexpr int kFewRowsVectors = 4;
+
+// V vectors of channels from channel c on, for all pixels of a block; a's last vector holds `last`.
+template <class A, class T, int kMaxRows, int V, int kWords>
+void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int64_t c) {
+    const int64_t words = t.words;
+    const int64_t left = block.out_channels - c;
+    constexpr int kChannels = kLanes / kWords;
+    t.last = static_cast<int>(std::min<int64_t>(kChannels, left - (V - 1) * kChannels));
+    t.residual = block.operands.residual ? block.operands.residual + c : nullptr;
+    t.out = block.operands.out + c;
+    float segment_sums[kMaxRows * V * kLanes];
+    t.segment_sums = segment_sums;
+    // Tiles of almost equal height: a rest of one pixel would run at an eighth of the rate.
+    const int64_t tiles = (block.rows + kMaxRows - 1) / kMaxRows;
+    const int64_t height = block.rows / tiles, higher = block.rows % tiles;
+    const char* a = t.a;
+    const float* panels = t.panels;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t rows = height + (tile < higher);
+        for (int64_t word = 0; word < words; word += block.segment) {
+            t.a = a + word * 4;
+            t.panels = panels + word / kWords * kPointwisePanel;
+            t.words = std::min(block.segment, words - word);
+            t.first_segment = word == 0;
+            t.last_segment = word + t.words == words;
+            pointwise_tile_of<A, T, kMaxRows, V, kWords>(rows, t);
+        }
+        a += rows * t.a_pixel;
+        if (t.residual) t.residual += rows * t.residual_pixel;
+        t.out += rows * t.out_pixel;
+    }
+}
+
+// A block, whose pixels lie `a_pixel` bytes apart from `a` on.
+template <class A, class T>
+void pointwise_columns(const PointwiseBlock<T>& block, const char* a, int64_t a_pixel) {
+    PointwiseTile<A, T> t{};
+    t.a = a;
+    t.a_pixel = a_pixel;
+    t.words = (block.in_channels * int64_t{sizeof(A)} + 3) / 4;
+    t.panel = (t.words + 1) * kPointwisePanel;
+    t.residual_pixel = block.residual_pixel;
+    t.out_pixel = block.out_pixel;
+    t.activation = block.activation;
+    const float* packed = block.operands.packed;
+    const int64_t whole = pointwise_whole_channels(block.out_channels);
+    for (int64_t c = 0; c < whole;) {
+        t.panels = packed + c / kPointwisePanel * t.panel + c % kPointwisePanel;
+        const int64_t left = whole - c;
+        if (block.rows <= kFewRows && left > (kFewRowsVectors - 1) * kLanes) {
+            pointwise_column<A, T, kFewRows, kFewRowsVectors, 1>(block, t, c);
+            c += kFewRowsVectors * kLanes;
+        } else if (left > kLanes) {
+            pointwise_column<A, T, kPointwiseRows, 2, 1>(block, t, c);
+            c += 2 * kLanes;
+        } else {
+            pointwise_column<A, T, kPointwiseRows, 1, 1>(block, t, c);
+            c += kLanes;
+        }
+    }
+    t.panels = packed + whole / kPointwisePanel * t.panel;
+    for (int64_t c = whole; c < block.out_channels;) {
+        constexpr int kMost = kLanes < kPointwisePanel ? 2 : 1;  // the half panel's at most
+        if (block.out_channels - c > (kMost - 1) * (kLanes / 2)) {
+            pointwise_column<A, T, kPointwiseRows, kMost, 2>(block, t, c);
+            c += kMost * kLanes / 2;
+            t.panels += kMost * kLanes;
+        } else {
+            pointwise_column<A, T, kPointwiseRows, 1, 2>(block, t, c);
+            c += kLanes / 2;
+            t.panels += kLanes;
+        }
+    }
+}
+
+// The source of the product, gate * relu(scale * x + shift), of the `n` channels from c on.
+template <class T, bool kPartial>
+CVFAST_INLINE Vec pointwise_source(const PointwiseOperands<T>& o, const T* x, int64_t c, int n) {
+    const auto channels = [&](const auto* p) {
+        if constexpr (kPartial) return load_n(p, n);
+        return load(p);
+    };
+    Vec v = channels(x + c);
+    if (o.scale) v = max_keep_nan(fma(v, channels(o.scale + c), channels(o.shift + c)), 0.f);
+    if (o.gate) v = mul(v, channels(o.gate + c));
+    return v;
+}
+
+// Brings the pixels of a block into its scratch memory, as A, zero in the last word's unused half.
+template <class A, class T>
+void pointwise_pack(const PointwiseBlock<T>& block) {
+    const PointwiseOperands<T>& o = block.operands;
+    const int64_t channels = block.in_channels;
+    const int64_t pixel = pointwise_packed_pixel(channels, sizeof(A)) / int64_t{sizeof(A)};
+    const T* x = o.x;
+    A* a = static_cast<A*>(block.scratch);
+    for (int64_t r = 0; r < block.rows; ++r, x += block.x_pixel, a += pixel) {
+        int64_t c = 0;
+        for (; c + kLanes <= channels; c += kLanes) {
+            store(a + c, pointwise_source<T, false>(o, x, c, kLanes));
+        }
+        if (c < channels) {
+            const int n = static_cast<int>(channels - c);
+            store_n(a + c, pointwise_source<T, true>(o, x, c, n), n);
+        }
+        if constexpr (sizeof(A) == 2) {
+            if (channels % 2) a[channels] = A{};
+        }
+    }
+}
+
+template <class T>
+struct PointwiseMultiplied {
+    using Type = float;
+};
+template <>
+struct PointwiseMultiplied<BFloat16> {
+    using Type = BFloat16;
+};
+
+template <class T>
+void pointwise_block(const PointwiseBlock<T>& block) {
+    using A = typename PointwiseMultiplied<T>::Type;
+    if (block.pack) {
+        pointwise_pack<A>(block);
+        pointwise_columns<A>(block, static_cast<const char*>(block.scratch),
+                             pointwise_packed_pixel(block.in_channels, sizeof(A)));
+    } else {
+        pointwise_columns<A>(block, reinterpret_cast<const char*>(block.operands.x),
+                             block.x_pixel * int64_t{sizeof(A)});
+    }
+}
+
+}  // namespace CVFAST_ISA_NAMESPACE
+}  // namespace cvfast
