@@ -49,6 +49,7 @@ format: $(STAMPS)/test  ## rewrite the sources as lint wants them
 bench: $(STAMPS)/test $(STAMPS)/build  ## time the zoo against its peers; hours
 	$(BIN)/python benchmarks/bench_depthwise.py --json benchmarks/results/cpu/depthwise.json
 	$(BIN)/python benchmarks/bench_pointwise.py --json benchmarks/results/cpu/pointwise.json
+	$(BIN)/python benchmarks/bench_conv.py --json benchmarks/results/cpu/conv.json
 	$(BIN)/python benchmarks/bench_zoo.py
 	$(BIN)/python benchmarks/bench_networks.py
 	$(BIN)/python benchmarks/tables.py

@@ -115,6 +115,42 @@ def pointwise(results: Path = RESULTS) -> str:
     return markdown(head, body) + "\n" + provenance(measured["runs"])
 
 
+def conv(results: Path = RESULTS) -> str:
+    """The convolution kernels against each baseline, a row per threads, batch and algorithm."""
+    measured = _load(results / "cpu" / "conv.json")
+    if measured is None:
+        return not_measured(
+            "python benchmarks/bench_conv.py --json benchmarks/results/cpu/conv.json"
+        )
+    names = {"onednn": "oneDNN", "eager_nhwc": "eager NHWC"}
+    body = []
+    for group in measured["summary"]:
+        setting = (group["threads"], group["batch"], group["algorithm"])
+        passed = all(
+            row["verified"]
+            for row in measured["rows"]
+            if (row["threads"], row["batch"], row["algorithm"]) == setting
+        )
+        cells = [
+            text
+            for name in names
+            for ratio in [group["speedup"][name]]
+            for text in (f"**{ratio['geomean']:.2f}x**", f"{ratio['min']:.2f}x")
+        ]
+        body.append(
+            [
+                str(group["threads"]),
+                str(group["batch"]),
+                group["algorithm"].replace("_", " "),
+                str(group["layers"]),
+                *(cells if passed else ["failed"] * len(cells)),
+            ]
+        )
+    head = ["threads", "batch", "algorithm", "layers"]
+    head += [text for name in names.values() for text in (f"over {name}", "least")]
+    return markdown(head, body) + "\n" + provenance([measured])
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -156,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "zoo-cpu": zoo,
     "depthwise-cpu": depthwise,
     "pointwise-cpu": pointwise,
+    "conv-cpu": conv,
 }
 
 

@@ -299,3 +299,17 @@ def test_pointwise_table_shows_no_speedup_of_a_failed_check(
     text = tables.pointwise(write(tmp_path, "pointwise.json", {"runs": [failed]}))
     assert "| failed | failed | failed |" in text
     assert "2.00x" not in text
+
+
+def test_conv_table_shows_no_speedup_of_a_failed_check(tables: ModuleType, tmp_path: Path) -> None:
+    setting = {"threads": 2, "batch": 1, "algorithm": "winograd_f2"}
+    ratios = {"geomean": 2.0, "min": 1.25}
+    group = {**setting, "layers": 1, "speedup": {"onednn": ratios, "eager_nhwc": ratios}}
+    for verified, cells in (
+        (True, "| **2.00x** | 1.25x | **2.00x** | 1.25x |"),
+        (False, "| failed | failed | failed | failed |"),
+    ):
+        rows = [{**setting, "verified": verified}]
+        measured = {"environment": ENVIRONMENT, "summary": [group], "rows": rows}
+        text = tables.conv(write(tmp_path, "conv.json", measured))
+        assert f"| 2 | 1 | winograd f2 | 1 {cells}" in text

