@@ -133,11 +133,16 @@ SHAPES = [
     Case(kind="offset"),
     Case(kind="offset", channels=577, out=24, prologue=True),
 ]
+# float16 is widened before it is multiplied: half of the shapes show its loads and stores.
+RUNS = [
+    (case, dtype)
+    for i, case in enumerate(dict.fromkeys(SHAPES))
+    for dtype in (DTYPES if i % 2 == 0 else (torch.float32, torch.bfloat16))
+]
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda value: str(value).split(".")[-1])
 def test_matches_float64(case: Case, dtype: torch.dtype, level: str) -> None:
     with isa(level):
         check(replace(case, dtype=dtype))
