@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cvfast import extension
+from cvfast import backends, extension
+from cvfast.launch.depthwise import Problem
+from cvfast.launch.depthwise.cuda import tileable
 from cvfast.ops.activation import activate_
 from cvfast.ops.conv import (
     OneDnnWeight,
@@ -23,10 +25,13 @@ from cvfast.ops.conv import (
     onednn_unsupported,
 )
 from cvfast.ops.depthwise import ACTIVATIONS as DEPTHWISE_ACTIVATIONS
+from cvfast.ops.depthwise import KERNEL_BACKENDS as DEPTHWISE_BACKENDS
 from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
+from cvfast.ops.depthwise import prepacked_op as depthwise_op
 from cvfast.ops.fold import fold_batch_norm
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
+from cvfast.perf import nvtx
 
 from .capture import Capture, shape_hint
 from .match import Leftover, Site, find_sites, read_activation
@@ -34,7 +39,10 @@ from .options import Options
 from .report import Row, skipped
 
 aten = torch.ops.aten
-DEPTHWISE = torch.ops.cvfast.depthwise_prepacked.default
+_CHANNELS_LAST_RESULT = {
+    conv_onednn, channels_last, *(depthwise_op(backend) for backend in DEPTHWISE_BACKENDS)
+}  # fmt: skip
+"""What yields channels-last memory whatever it is given."""
 
 _KEEP_LAYOUT = {
     aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
@@ -62,6 +70,8 @@ class _Call:
     pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]]
     passes: int = 0
     """Elementwise passes over the result that remain beside the kernel."""
+    needs_channels_innermost: bool = False
+    """Whether the kernel refuses any other layout."""
     fold_dtype: torch.dtype | None = None
     """What folded weights are rounded to; default the site's dtype."""
 
@@ -86,6 +96,7 @@ class Program:
     module: fx.GraphModule
     rows: list[Row]
     sites: list[LoweredSite]
+    model: str = ""
     _packers: list[Callable[[dict[fx.Node, Tensor]], None]] = field(default_factory=list)
     _wanted: list[fx.Node] = field(default_factory=list)
 
@@ -98,6 +109,8 @@ class Program:
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         # Below autograd an operator call is some 4 us cheaper than under no_grad alone.
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            if nvtx.enabled():
+                return list(_Ranges(self).run(*flat))
             result: list[Any] = self.module.forward(*flat)
         return result
 
@@ -107,6 +120,24 @@ class Program:
         with torch.no_grad():
             counter.run(*flat)
         return counter.copies
+
+
+class _Ranges(fx.Interpreter):
+    """Runs a program with an NVTX range around each site."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self.names = {
+            site.result: nvtx.name(program.model, site.row.module, site.row.pattern)
+            for site in program.sites
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        name = self.names.get(n)
+        if name is None:
+            return super().run_node(n)
+        with nvtx.range(name):
+            return super().run_node(n)
 
 
 class _LayoutCounter(fx.Interpreter):
@@ -146,7 +177,8 @@ class _Lowering:
         self.constants: dict[fx.Node, fx.Node] = {}
         self.packed: list[tuple[list[str], Site, _Call]] = []
         self.sites = sites
-        self.use_channels_last = _use_channels_last(str(options.memory_format), sites)
+        self.planned = torch.device("cuda") if options.target is not None else None
+        self.use_channels_last = _use_channels_last(str(options.memory_format), self.planned, sites)
 
     def build(self, leftovers: list[Leftover]) -> Program:
         rows: dict[fx.Node, Row] = {}
@@ -178,7 +210,7 @@ class _Lowering:
             setattr(root, name, None)
         module = fx.GraphModule(root, self.graph)
         ordered = [rows[node] for node in self.capture.graph.nodes if node in rows]
-        program = Program(self.capture, module, ordered, lowered)
+        program = Program(self.capture, module, ordered, lowered, type(self.source).__name__)
         self._attach(program)
         program.refresh(self.source)
         module.recompile()
@@ -200,7 +232,9 @@ class _Lowering:
         if site.skip is not None:
             row.reason, row.detail = site.skip
             return row, None
-        calls, reason = _candidates(site, self.options.backend, self.use_channels_last)
+        calls, reason = _candidates(
+            site, self.planned, self.options.backend, self.use_channels_last
+        )
         if not calls:
             row.reason, row.detail = reason
             return row, None
@@ -230,11 +264,11 @@ class _Lowering:
             call.backend: kernel_runner(site, inputs, call.emit, call.pack(weight, bias))
             for call in calls
         }
-        best, gain = choose(runners, unfused_runner(site, inputs, constants))
+        best, gain = choose(runners, unfused_runner(site, inputs, constants), site.device)
         return next((call for call in calls if call.backend == best), None), gain
 
     def _emit(self, site: Site, call: _Call) -> fx.Node:
-        if call.backend == "cpu":
+        if call.needs_channels_innermost:
             x = self._with_channels_innermost(site.source)
         else:
             x = self._in_channels_last(site.source)
@@ -245,7 +279,9 @@ class _Lowering:
         constants = [self._attribute(name) for name in names]
         self.packed.append((names, site, call))
         result = call.emit(self.graph, constants, x, residual)
-        result.meta["val"] = site.last.meta["val"]
+        for node in (result, *result.all_input_nodes):
+            if node.op == "call_function":
+                node.meta.setdefault("val", site.last.meta["val"])
         if self.use_channels_last:
             self.in_channels_last.add(result)
         return result
@@ -264,9 +300,11 @@ class _Lowering:
     def _with_channels_innermost(self, node: fx.Node) -> fx.Node:
         """``node``'s value for kernels that refuse any other layout; checked where uncertain."""
         value = self._value(node)
-        if value.target in (conv_onednn, channels_last, DEPTHWISE):
+        if value.target in _CHANNELS_LAST_RESULT:
             return value
-        return self.graph.call_function(channels_innermost, (value,))
+        checked = self.graph.call_function(channels_innermost, (value,))
+        checked.meta["val"] = node.meta["val"]
+        return checked
 
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for ``node`` in the new graph; a constant becomes an attribute if read."""
@@ -397,30 +435,45 @@ def _in_place(target: Any) -> Any:
     return overload or target
 
 
-def _use_channels_last(memory_format: str, sites: list[Site]) -> bool:
-    """``auto`` is channels-last on the CPU, and where tensor cores work on half precision."""
+def _use_channels_last(memory_format: str, planned: torch.device | None, sites: list[Site]) -> bool:
+    """``auto`` is channels-last on the CPU, and on GPUs where tensor cores work on half precision
+    or a depthwise kernel asks for it."""
     if memory_format != "auto":
         return memory_format == "channels_last"
     half = (torch.float16, torch.bfloat16)
-    return all(site.device.type == "cpu" or site.dtype in half for site in sites)
+    depthwise = any(site.is_depthwise and site.dtype in DEPTHWISE_DTYPES for site in sites)
+    return depthwise or all(
+        (planned or site.device).type == "cpu" or site.dtype in half for site in sites
+    )
 
 
 def _candidates(
-    site: Site, wanted: str, channels_last: bool
+    site: Site, planned: torch.device | None, wanted: str, channels_last: bool
 ) -> tuple[list[_Call], tuple[str, str]]:
     """Kernel calls that can compute the site, the preferred first; if there are none, why."""
+    device = planned or site.device
     calls: list[_Call] = []
     refusals: list[tuple[str, str]] = []
-    if wanted in ("auto", "cpu") and site.is_depthwise:
-        if (refusal := _depthwise_unsupported(site, channels_last)) is None:
-            calls.append(_depthwise_call(site))
+
+    def offer(call: Callable[[], _Call], refusal: tuple[str, str] | None) -> None:
+        if refusal is None:
+            calls.append(call())
         else:
             refusals.append(refusal)
-    if wanted in ("auto", "onednn"):
-        if (refusal := _onednn_unsupported(site, channels_last)) is None:
-            calls.append(_onednn_call(site))
-        else:
-            refusals.append(refusal)
+
+    own = backends.preferred(device) if wanted == "auto" else (wanted,)
+    own = tuple(b for b in own if b in DEPTHWISE_BACKENDS) if site.is_depthwise else ()
+    if wanted == "auto" and "cuda" in own and not _has_tile_kernel(site):
+        # Triton's kernel is the same for every geometry, CUDA's general one an output a thread.
+        own = tuple(sorted(own, key="triton".__ne__))
+    for backend in own:
+        refusal = _depthwise_unsupported(site, backend, planned, channels_last)
+        offer(partial(_depthwise_call, site, backend), refusal)
+    if not calls and any(code == "no_extension" for code, _ in refusals):
+        for backend in own:
+            extension.warn_missing(backend)
+    if wanted == "onednn" or (wanted == "auto" and device.type == "cpu"):
+        offer(partial(_onednn_call, site), _onednn_unsupported(site, device, channels_last))
     # Without a kernel a site still gains from folding; with nothing to fold it stays as it was.
     if wanted == "reference" or (wanted == "auto" and not calls and site.batch_norm is not None):
         calls.append(_torch_call(site))
@@ -428,30 +481,45 @@ def _candidates(
     return calls, refusals[0] if refusals else nobody
 
 
-def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+def _has_tile_kernel(site: Site) -> bool:
+    """Whether the CUDA kernel for the site's geometry is one that works in tiles."""
+    n, c, h, w = shape_hint(site.source)
+    geometry = site.geometry
+    return tileable(
+        Problem(
+            n, c, h, w, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
+            multiplier=shape_hint(site.conv)[1] // c,
+        )
+    )  # fmt: skip
+
+
+def _onednn_unsupported(
+    site: Site, device: torch.device, channels_last: bool
+) -> tuple[str, str] | None:
     if not channels_last:
         return ("layout", "oneDNN's packed convolutions need channels-last memory")
-    unsupported = onednn_unsupported(site.dtype, site.device)
+    unsupported = onednn_unsupported(site.dtype, device)
     return None if unsupported is None else ("unsupported_dtype", unsupported)
 
 
-def _depthwise_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+def _depthwise_unsupported(
+    site: Site, backend: str, planned: torch.device | None, channels_last: bool
+) -> tuple[str, str] | None:
     if not channels_last:
         return ("layout", "the depthwise kernel needs channels-last memory")
-    if site.device.type != "cpu" or site.dtype not in DEPTHWISE_DTYPES:
-        return (
-            "unsupported_dtype",
-            f"the depthwise kernel does not take {site.dtype} on {site.device.type}",
-        )
-    status = extension.load("cpu")
-    if not status:
-        extension.warn_missing("cpu")
-        return ("no_extension", str(status))
-    return None
+    if site.dtype not in DEPTHWISE_DTYPES:
+        return ("unsupported_dtype", f"the depthwise kernel does not take {site.dtype}")
+    if planned is not None:
+        served = backend in backends.preferred(planned)
+        return None if served else ("no_backend", f"the {backend} kernel does not run on a GPU")
+    if (reason := backends.wrong_device(backend, site.device)) is not None:
+        return ("no_backend", reason.text)
+    status = extension.load(backend)
+    return None if status else ("no_extension", str(status))
 
 
-def _depthwise_call(site: Site) -> _Call:
-    geometry = site.geometry
+def _depthwise_call(site: Site, backend: str) -> _Call:
+    geometry, op = site.geometry, depthwise_op(backend)
     out_channels, in_channels = shape_hint(site.conv)[1], geometry.groups
     fused = site.activation.name in DEPTHWISE_ACTIVATIONS
 
@@ -465,14 +533,17 @@ def _depthwise_call(site: Site) -> _Call:
             x, constants[0], list(geometry.kernel), list(geometry.stride), list(geometry.padding),
             list(geometry.dilation), site.activation.name if fused else "none",
         )  # fmt: skip
-        result = graph.call_function(DEPTHWISE, arguments)
+        result = graph.call_function(op, arguments)
         if fused:
             return result
         return graph.call_function(
             activate_, (result, site.activation.name, site.activation.parameters)
         )
 
-    return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
+    return _Call(
+        backend, emit, pack, int(not fused), needs_channels_innermost=True,
+        fold_dtype=torch.float32,
+    )  # fmt: skip
 
 
 def _onednn_call(site: Site) -> _Call:
