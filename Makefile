@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS)
 
 STABLE_ABI := -DTORCH_TARGET_VERSION=0x020b000000000000
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH_INCLUDES = $(shell $(BIN)/python -c \
 	"from torch.utils.cpp_extension import include_paths as p; print(*('-isystem' + i for i in p()))")
 

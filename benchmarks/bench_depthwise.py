@@ -1,18 +1,21 @@
-"""Depthwise convolution + folded batch norm + activation on every MobileNet layer, on the CPU.
+"""Depthwise convolution + folded batch norm + activation on every MobileNet layer.
 
-Contenders: cvfast's kernel; eager `conv2d` with bias and activation on NCHW and on NHWC; the same
-under Inductor; and eager NHWC `conv2d` alone, without its activation.
+Contenders on the CPU: cvfast's kernel; eager `conv2d` with bias and activation on NCHW and on NHWC;
+the same under Inductor; and eager NHWC `conv2d` alone, without its activation. Those on a GPU are
+in `depthwise_on_cuda.py`; its rows are written one by one, and a second run adds what is missing.
 
     python benchmarks/bench_depthwise.py --json benchmarks/results/cpu/depthwise.json
+    python benchmarks/bench_depthwise.py --device cuda --batch 1 32 256 --dtype float16
     pytest benchmarks/bench_depthwise.py --benchmark-only
 
-The first interleaves the contenders and verifies in the same run; a ratio is printed only beside a
-passed check. The second fills pytest-benchmark's tables, for comparison between commits.
+The first two interleave the contenders and verify in the same run; a ratio is printed only beside a
+passed check. The last fills pytest-benchmark's tables, for comparison between commits.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -26,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+import depthwise_on_cuda
+from depthwise_on_cuda import PASSES
 from shapes import DepthwiseLayer, distinct, mobilenet_depthwise_layers
 
 from cvfast import extension, tolerance
@@ -35,6 +40,8 @@ from cvfast.perf import environment, timing
 CVFAST = "cvfast"
 CONV_ALONE = "eager_nhwc_conv_alone"
 BASELINES = ("eager_nhwc", "eager_nchw", "inductor")
+DTYPES = ("float32", "bfloat16", "float16")
+GPU_RESULTS = Path(__file__).parent / "results" / "gpu" / "depthwise.json"
 LAYERS = distinct(mobilenet_depthwise_layers())
 
 
@@ -46,7 +53,7 @@ def contenders(
     p, d = [layer.kernel // 2] * 2, [1, 1]
     packed = prepack(weight, bias)
     nchw = x.contiguous()
-    kernel = torch.ops.cvfast.depthwise_prepacked.default
+    kernel = torch.ops.cvfast.depthwise_cpu.default
 
     def eager(t: Tensor) -> Tensor:
         return reference(t, weight, bias, s, p, d, layer.activation)
@@ -152,35 +159,40 @@ def format_row(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES, help="on a GPU")
+    parser.add_argument("--budget", type=float, help="on a GPU: seconds after which no row starts")
     parser.add_argument("--filter", default="", help="only layers whose name contains this")
     parser.add_argument("--min-time", type=float, default=0.2, help="seconds per contender")
     parser.add_argument("--no-inductor", action="store_true", help="saves its compilation")
     parser.add_argument("--json", type=Path, help="write results and environment here")
     args = parser.parse_args()
+    if args.device == "cuda":
+        return depthwise_on_cuda.run(args, LAYERS, GPU_RESULTS)
     status = extension.load("cpu")
     if not status:
         sys.exit(str(status))
 
     rows = []
     with torch.inference_mode():
-        for threads in args.threads:
-            for batch in args.batch:
-                for layer in LAYERS:
-                    if args.filter not in layer.name:
-                        continue
-                    row = measure(
-                        layer,
-                        threads=threads,
-                        batch=batch,
-                        dtype=getattr(torch, args.dtype),
-                        inductor=not args.no_inductor,
-                        min_time=args.min_time,
-                    )
-                    rows.append(row)
-                    print(format_row(row), flush=True)
+        for threads, batch, dtype, layer in itertools.product(
+            args.threads, args.batch, args.dtype, LAYERS
+        ):
+            if args.filter not in layer.name:
+                continue
+            row = measure(
+                layer,
+                threads=threads,
+                batch=batch,
+                dtype=getattr(torch, dtype),
+                inductor=not args.no_inductor,
+                min_time=args.min_time,
+            )
+            rows.append(row)
+            print(format_row(row), flush=True)
     summary = summarize(rows)
     for group in summary:
         print(f"threads {group['threads']}, batch {group['batch']}, {group['layers']} layers:")

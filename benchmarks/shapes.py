@@ -33,13 +33,17 @@ class DepthwiseLayer:
         return (self.size - 1) // self.stride + 1
 
     def tensors(
-        self, batch: int, dtype: torch.dtype = torch.float32
+        self, batch: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (channels-last), weight and bias, drawn from N(0, 1) with a fixed seed."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(batch, self.channels, self.size, self.size, generator=generator)
-        weight = torch.randn(self.channels, 1, self.kernel, self.kernel, generator=generator)
-        bias = torch.randn(self.channels, generator=generator)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        x = normal(batch, self.channels, self.size, self.size)
+        weight = normal(self.channels, 1, self.kernel, self.kernel)
+        bias = normal(self.channels)
         return (
             x.to(dtype=dtype, memory_format=torch.channels_last),
             weight.to(dtype),

@@ -151,6 +151,55 @@ def conv(results: Path = RESULTS) -> str:
     return markdown(head, body) + "\n" + provenance([measured])
 
 
+def validation(results: Path = RESULTS) -> str:
+    """Which GPU kernels are proven on hardware as their source is now."""
+    from cvfast import validation as record
+
+    if not (results / "validation.json").exists():
+        return not_measured("python benchmarks/validate.py")
+    root = results.parents[1]
+    proofs = record.load(root)
+    body = []
+    for kernel in record.KERNELS:
+        found = record.status(kernel, root, proofs)
+        name = [f"`{kernel.op}`", f"`{kernel.backend}`", kernel.pass_.replace("_", " ")]
+        if not found.proofs:
+            body.append([*name, found.state, found.reason, "-", "-", "-"])
+        for proof in found.proofs:
+            versions = {"torch": proof.torch, "triton": proof.triton, "CUDA": proof.cuda}
+            listed = ", ".join(f"{n} {version}" for n, version in versions.items() if version)
+            place = f"{proof.device}, driver {proof.driver}, {listed}; {proof.date[:10]}"
+            checked = f"{proof.tests} tests, {proof.cases} shapes"
+            commit = f"{(proof.commit or 'no commit')[:10]}{'+' if proof.dirty else ''}"
+            body.append(
+                [*name, f"**{found.state}**", place, f"{proof.error_ratio:.2f}", checked, commit]
+            )
+    head = ["operator", "backend", "pass", "state", "where", "error / allowed", "passed", "commit"]
+    return markdown(head, body)
+
+
+def predictions(results: Path = RESULTS) -> str:
+    """Predicted times of the depthwise layers on GPUs, a row per device, batch and backend."""
+    predicted = _load(results / "gpu" / "predicted_depthwise.json")
+    if predicted is None:
+        return not_measured("python benchmarks/predictions.py")
+    body = [
+        [
+            group["device"],
+            str(group["batch"]),
+            group["backend"],
+            f"{1e6 * group['seconds']:.0f}",
+            f"{1e6 * group['roofline']:.0f}",
+            f"{group['copy_share']['least']:.0%} to {group['copy_share']['most']:.0%}",
+            ", ".join(f"{name} {count}" for name, count in group["limiters"].items()),
+        ]
+        for group in predicted["summary"]
+    ]
+    head = ["device", "batch", "backend", "predicted, µs", "bytes / data sheet, µs"]
+    text = markdown([*head, "of copy bandwidth", "layers limited by"], body)
+    return f"{text}\n{predicted['note']} No kernel has been timed for this table.\n"
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -193,6 +242,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "depthwise-cpu": depthwise,
     "pointwise-cpu": pointwise,
     "conv-cpu": conv,
+    "validation": validation,
+    "depthwise-predicted": predictions,
 }
 
 

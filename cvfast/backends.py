@@ -6,17 +6,20 @@ An operator registers, per backend, a check that looks at the arguments of one c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from cvfast import extension
+from cvfast import env, extension
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # What `auto` prefers, per device type; devices that are not listed run the reference.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+OLDEST_CAPABILITY = (8, 0)
 
 
 class Reason(NamedTuple):
@@ -53,6 +56,28 @@ def register(op: str, backend: str) -> Callable[[Check], Check]:
     return add
 
 
+def wrong_device(backend: str, device: torch.device) -> Reason | None:
+    """The reason if the kernels of `backend` do not run on `device`; `None` if they do.
+
+    The GPU backends take CPU tensors too where their kernels are interpreted (`TRITON_INTERPRET`)
+    or emulated (`CVFAST_CUDA_EMULATION`), as the tests do.
+    """
+    wanted = _DEVICES[backend]
+    if device.type == "cpu" and env.on_cpu(backend):
+        return None
+    if device.type != wanted:
+        return Reason("device", f"x is on {device}, the kernel runs on {wanted}")
+    if wanted == "cuda" and (found := _capability(device)) < OLDEST_CAPABILITY:
+        oldest = "sm_{}{}".format(*OLDEST_CAPABILITY)
+        return Reason("device", f"{device} is an sm_{found[0]}{found[1]}; kernels need {oldest}")
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _unavailable(backend: str) -> tuple[str, str] | None:
     status = extension.load(backend)
     return None if status else ("no_extension", str(status))
@@ -64,7 +89,7 @@ def _warn_missing(backend: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of Dynamo and Triton (1.2 s).
-for _function in (_unavailable, _warn_missing):
+for _function in (_unavailable, _warn_missing, wrong_device):
     _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
@@ -87,6 +112,11 @@ def supports(op: str, backend: str, *args: Any, **kwargs: Any) -> Reason | None:
     return reason
 
 
+def preferred(device: torch.device) -> tuple[str, ...]:
+    """The backends that `"auto"` tries on a device before the reference, best first."""
+    return _PREFERENCE.get(device.type, ())
+
+
 def select(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> str:
     """The backend that serves this call: `backend` itself, or what `"auto"` comes to.
 
@@ -100,10 +130,13 @@ def select(op: str, backend: str, device: torch.device, *args: Any, **kwargs: An
         if reason is not None:
             raise Unsupported(op, backend, reason)
         return backend
-    for candidate in _PREFERENCE.get(device.type, ()):
+    missing = []
+    for candidate in preferred(device):
         reason = supports(op, candidate, *args, **kwargs)
         if reason is None:
             return candidate
         if reason.code == "no_extension":
-            _warn_missing(candidate)
+            missing.append(candidate)
+    for candidate in missing:
+        _warn_missing(candidate)
     return "reference"

@@ -42,6 +42,12 @@ def _flag(text: str) -> bool:
     return text == "1"
 
 
+def _file(text: str) -> str:
+    if not os.path.isfile(text):
+        raise ValueError("there is no such file")
+    return text
+
+
 def _one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -66,4 +72,26 @@ DISABLE_EXTENSION: Variable[bool] = Variable(
     "1: load no compiled extension, and run on the reference implementations.",
 )
 
-VARIABLES: tuple[Variable[str | None] | Variable[bool], ...] = (CPU_ISA, DISABLE_EXTENSION)
+CUDA_EMULATION: Variable[str | None] = Variable(
+    "CVFAST_CUDA_EMULATION",
+    None,
+    _file,
+    "Path of the CUDA kernels compiled for the host (docs/emulation.md): backend cuda then takes "
+    "CPU tensors. For tests.",
+)
+
+VARIABLES: tuple[Variable[str | None] | Variable[bool], ...] = (
+    CPU_ISA,
+    DISABLE_EXTENSION,
+    CUDA_EMULATION,
+)
+
+# Triton's own switch, which it reads as any true word; "1" is what its documentation sets.
+_TRITON_INTERPRET = Variable("TRITON_INTERPRET", False, lambda text: text == "1", "")
+
+
+def on_cpu(backend: str) -> bool:
+    """Whether a GPU backend's kernels run on the CPU in this process, interpreted or emulated."""
+    if backend == "triton":
+        return _TRITON_INTERPRET.get()
+    return backend == "cuda" and CUDA_EMULATION.get() is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ class Status:
     """Whether a shared object is in use.
 
     Attributes:
-        name: "cpu" or "cuda".
-        loaded: its operators are registered.
+        name: "cpu", "cuda" or "triton".
+        loaded: it can be used.
         reason: why not; empty if loaded.
         mend: the command that would change that; empty if loaded.
     """
@@ -42,18 +43,33 @@ class Status:
         return self.loaded
 
     def __str__(self) -> str:
+        kind = "package" if self.name == "triton" else "extension"
         if self.loaded:
-            return f"{self.name} extension: loaded"
-        return f"{self.name} extension: {self.reason}; mend with: {self.mend}"
+            return f"{self.name} {kind}: loaded"
+        return f"{self.name} {kind}: {self.reason}; mend with: {self.mend}"
 
 
-@functools.cache
 def load(name: str) -> Status:
-    """Loads the shared object `name` ("cpu" or "cuda") unless that was tried before.
+    """Makes the kernels of `name` ready: loads the shared object of "cpu" or "cuda" unless that was
+    tried before, or looks for the package of "triton".
 
     Raises:
         ValueError: if CVFAST_CPU_ISA names a level that this machine does not have.
     """
+    if name == "triton":
+        return _find_triton()
+    return _load(name, env.CUDA_EMULATION.get() if name == "cuda" else None)
+
+
+@functools.cache
+def _find_triton() -> Status:
+    if importlib.util.find_spec("triton") is None:
+        return Status("triton", False, "not installed", "pip install triton")
+    return Status("triton", True)
+
+
+@functools.cache
+def _load(name: str, emulation: str | None) -> Status:
     if env.DISABLE_EXTENSION.get():
         return Status(
             name,
@@ -61,8 +77,11 @@ def load(name: str) -> Status:
             f"disabled by {env.DISABLE_EXTENSION.name}=1",
             f"unset {env.DISABLE_EXTENSION.name}",
         )
-    path = Path(__file__).parent / f"_C_{name}.so"
-    mend = _BUILD_HERE if (path.parents[1] / "setup.py").exists() else _REINSTALL
+    if name == "cuda" and emulation is None and torch.version.cuda is None:
+        return Status(name, False, "PyTorch is a CPU build", "install a CUDA build of PyTorch")
+    path = Path(emulation or Path(__file__).parent / f"_C_{name}.so")
+    checkout = (Path(__file__).parents[1] / "setup.py").exists()
+    mend = _BUILD_HERE if checkout else _REINSTALL
     if not path.exists():
         return Status(name, False, "not built", mend)
     try:

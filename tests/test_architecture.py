@@ -20,9 +20,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("cvfast",),
     ("optimize", "testing"),
+    ("inventory",),
     ("ops",),
     ("backends",),
     ("extension", "zoo"),
+    ("kernels",),
+    ("launch", "validation"),
     ("models", "perf", "env", "tolerance", "version"),
 )
 RANKS = {unit: -floor for floor, units in enumerate(FLOORS) for unit in units}
@@ -39,9 +42,10 @@ MAX_IMPORT_SECONDS = 0.2
 def module_files() -> dict[str, Path]:
     """Dotted name -> file, of every module of the package."""
     files = {}
-    for path in sorted((ROOT / "cvfast").rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for root, package in ((ROOT / "cvfast", "cvfast"), (ROOT / "kernels", "cvfast.kernels")):
+        for path in sorted(root.rglob("*.py")):
+            parts = (package, *path.relative_to(root).with_suffix("").parts)
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return files
 
 

@@ -143,7 +143,7 @@ def test_every_network_is_listed_with_its_size() -> None:
             assert int(size) == default_input_size(name)[1], name
 
 
-@pytest.mark.usefixtures("cpu_extension")
+@pytest.mark.usefixtures("cpu_extension", "gpu_kernels_on_cpu")
 def test_support_matrix() -> None:
     def serves(operator: str, backend: str, dtype: torch.dtype) -> bool:
         if backend == "onednn":
@@ -153,7 +153,8 @@ def test_support_matrix() -> None:
 
     matrix = rows(README, "| operator | backend |")
     assert {(row[0], row[1]) for row in matrix} == {
-        ("`depthwise`", "`cpu`"), ("`depthwise`", "`onednn`"), ("`depthwise`", "`reference`"),
+        ("`depthwise`", "`cpu`"), ("`depthwise`", "`cuda`"), ("`depthwise`", "`triton`"),
+        ("`depthwise`", "`onednn`"), ("`depthwise`", "`reference`"),
         ("`pointwise`", "`cpu`"), ("`pointwise`", "`onednn`"), ("`pointwise`", "`reference`"),
         ("`conv`", "`cpu`"), ("`conv`", "`onednn`"), ("`conv`", "`reference`"),
     }  # fmt: skip

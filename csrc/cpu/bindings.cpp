@@ -83,24 +83,22 @@ void with_element_type(const char* op, const Tensor& x, const Run& run) {
     }
 }
 
-Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
-                           const std::vector<int64_t>& kernel_size,
-                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                           const std::vector<int64_t>& dilation, const std::string& activation) {
-    STD_TORCH_CHECK(x.dim() == 4, "cvfast::depthwise_prepacked: x must be [N, C, H, W], got ",
-                    x.dim(), " dimensions");
-    STD_TORCH_CHECK(x.size(1) == 1 || x.stride(1) == 1,
-                    "cvfast::depthwise_prepacked: x must be channels-last (stride 1 along C); use "
+Tensor depthwise_cpu(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& kernel_size,
+                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                     const std::vector<int64_t>& dilation, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4, "cvfast::depthwise_cpu: x must be [N, C, H, W], got ", x.dim(),
+                    " dimensions");
+    STD_TORCH_CHECK(channels_adjacent(x),
+                    "cvfast::depthwise_cpu: x must be channels-last (stride 1 along C); use "
                     "x.contiguous(memory_format=torch.channels_last)");
     STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
                         dilation.size() == 2,
-                    "cvfast::depthwise_prepacked: kernel_size, stride, padding and dilation take "
+                    "cvfast::depthwise_cpu: kernel_size, stride, padding and dilation take "
                     "two numbers each");
     for (int i = 0; i < 2; ++i) {
-        STD_TORCH_CHECK(
-            kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
-            "cvfast::depthwise_prepacked: kernel_size, stride and dilation must be positive, "
-            "padding not negative");
+        STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+                        "cvfast::depthwise_cpu: kernel_size, stride and dilation must be positive, "
+                        "padding not negative");
     }
     cvfast::DepthwiseShape s{};
     s.batch = x.size(0), s.channels = x.size(1), s.height = x.size(2), s.width = x.size(3);
@@ -117,14 +115,14 @@ Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
                         packed.is_contiguous() && packed.dim() == 4 &&
                         packed.size(1) == (s.channels + kPanel - 1) / kPanel &&
                         packed.size(2) == s.kernel_h * s.kernel_w + 1 && packed.size(3) == kPanel,
-                    "cvfast::depthwise_prepacked: packed does not come from prepack() for a ",
-                    s.kernel_h, "x", s.kernel_w, " kernel over ", s.channels, " channels");
+                    "cvfast::depthwise_cpu: packed does not come from prepack() for a ", s.kernel_h,
+                    "x", s.kernel_w, " kernel over ", s.channels, " channels");
 
     s.out_height = positions(s.height, s.pad_top, s.dilation_h, s.kernel_h, s.stride_h);
     s.out_width = positions(s.width, s.pad_left, s.dilation_w, s.kernel_w, s.stride_w);
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
-                    "cvfast::depthwise_prepacked: the kernel is larger than the padded image ",
-                    s.height, "x", s.width);
+                    "cvfast::depthwise_cpu: the kernel is larger than the padded image ", s.height,
+                    "x", s.width);
     const int64_t out_channels = s.channels * s.multiplier;
     const int64_t sizes[] = {s.batch, out_channels, s.out_height, s.out_width};
     Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, std::nullopt,
@@ -134,7 +132,7 @@ Tensor depthwise_prepacked(const Tensor& x, const Tensor& packed,
     s.out_image = s.out_row * s.out_height;
 
     const auto* weights = static_cast<const float*>(packed.const_data_ptr());
-    with_element_type("depthwise_prepacked", x, [&]<class T>(std::type_identity<T>) {
+    with_element_type("depthwise_cpu", x, [&]<class T>(std::type_identity<T>) {
         cvfast::depthwise(s, static_cast<const T*>(x.const_data_ptr()), weights,
                           static_cast<T*>(out.mutable_data_ptr()), torch_pool());
     });
@@ -388,7 +386,7 @@ void cpu_select_isa(const std::string& name) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
-    m.impl("depthwise_prepacked", TORCH_BOX(&depthwise_prepacked));
+    m.impl("depthwise_cpu", TORCH_BOX(&depthwise_cpu));
     m.impl("pointwise_cpu", TORCH_BOX(&pointwise_cpu));
     m.impl("pointwise_cpu.out", TORCH_BOX(&pointwise_out));
     m.impl("conv_cpu", TORCH_BOX(&conv_cpu));

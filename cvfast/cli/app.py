@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cvfast.cli import bench, demo, doctor, models
+from cvfast.cli import bench, demo, doctor, kernels, models
 
 app = typer.Typer(
     help="Fused kernels for convolutional networks: inspect, verify, measure.",
@@ -19,5 +19,6 @@ app.command("doctor")(doctor.doctor)
 app.command("list")(models.list_)
 app.command("inspect")(models.inspect)
 app.command("verify")(models.verify)
+app.command("kernels")(kernels.kernels)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)

@@ -55,24 +55,81 @@ def inspect(
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda: plan for a GPU, which need not be there.")
+    ] = "cpu",
+    arch: Annotated[
+        str | None, typer.Option(help="The GPU to plan for: sm_89, 'RTX 4090'. Default: sm_90.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --device cuda: compute in this. Default: float16.")
+    ] = None,
+    list_launches: Annotated[
+        bool, typer.Option("--launches", help="With --device cuda: list every kernel launch.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Show what cvfast.optimize would fuse, what not, and why."""
     import cvfast
     from cvfast.cli import specs
 
+    if device not in ("cpu", "cuda"):
+        raise fail(f"unknown device {device!r}; choose cpu or cuda")
+    if device == "cpu" and (arch is not None or dtype is not None or list_launches):
+        raise fail("--arch, --dtype and --launches need --device cuda")
     network = specs.load(model)
     x = specs.example(specs.input_shape(model, network, size), batch)
+    if device == "cuda":
+        compute = specs.dtype(dtype or "float16")
+        _inspect_for_gpu(network, x, arch or "sm_90", compute, html, list_launches, as_json)
+        return
     report = cvfast.optimize(network, (x,), dry_run=True).report
-    if html is not None:
-        html.write_text(report.to_html(), encoding="utf-8")
-        note(f"wrote {html}")
+    _write_html(report, html)
     if as_json:
         print_json(report.to_dict())
     else:
         print_report(report)
     if report.verification is not None and not report.verification.ok:
         raise typer.Exit(1)
+
+
+def _inspect_for_gpu(
+    network: Any, x: Any, arch: str, dtype: Any, html: Path | None, list_launches: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from cvfast.optimize import plan
+
+    try:
+        planned = plan(network, (x,), device=arch, dtype=dtype)
+    except ValueError as error:
+        raise fail(str(error)) from error
+    _write_html(planned.report, html)
+    if as_json:
+        print_json(planned.to_dict())
+        return
+    if list_launches:
+        columns = ("module", "kernel", "MB", "MFLOP", "us at least", "grid", "config")
+        table = Table(columns, right=columns[2:5])
+        for launch in planned.launches:
+            table.add(
+                launch.module,
+                launch.kernel,
+                f"{launch.bytes / 1e6:.3f}",
+                f"{launch.flops / 1e6:.1f}" if launch.flops else "",
+                f"{launch.roof(planned.device) * 1e6:.2f}",
+                "x".join(map(str, launch.grid or ())),
+                launch.config,
+            )
+        table.print()
+    else:
+        print_report(planned.report)
+    print(planned.summary())
+
+
+def _write_html(report: Any, page: Path | None) -> None:
+    if page is not None:
+        page.write_text(report.to_html(), encoding="utf-8")
+        note(f"wrote {page}")
 
 
 def print_report(report: Any) -> None:

@@ -6,7 +6,8 @@ multiplier: the cross-correlation of `torch.nn.functional.conv2d(..., groups=C)`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,23 +16,45 @@ from torch import Tensor
 
 from cvfast import backends
 from cvfast.backends import Reason
+from cvfast.launch import table
+from cvfast.launch.depthwise import Problem
 from cvfast.ops import _flops
+from cvfast.perf import devices
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 
+KERNEL_BACKENDS = ("cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PANEL = 16  # kDepthwisePanel of csrc/cpu/depthwise.h
+_PANEL = 16  # kDepthwisePanel of csrc/common/depthwise.h
+
+_TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str activation"
+_PACKED = f"Tensor x, Tensor packed, int[2] kernel_size, {_GEOMETRY}"
+_GRAD_INPUT = (
+    "Tensor grad, Tensor? output, Tensor packed, int[2] image_size, int[2] kernel_size, "
+    f"{_GEOMETRY}"
+)
+_GRAD_WEIGHT = f"Tensor grad, Tensor? output, Tensor x, int[2] kernel_size, {_GEOMETRY}"
 
 _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define(
-    "depthwise(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-    "int[2] dilation, str activation) -> Tensor",
-    tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
+    f'depthwise(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend="auto") -> Tensor',
+    tags=_TAGS,
 )
 _library.define(
-    "depthwise_prepacked(Tensor x, Tensor packed, int[2] kernel_size, int[2] stride, "
-    "int[2] padding, int[2] dilation, str activation) -> Tensor",
-    tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
+    "depthwise_backward(Tensor grad, Tensor? output, Tensor? x, Tensor? weight, SymInt[] x_size, "
+    f"SymInt[] weight_size, {_GEOMETRY}, bool[3] needs, str backend) -> Tensor[]",
+    tags=_TAGS,
+)
+for _backend in KERNEL_BACKENDS:
+    _library.define(f"depthwise_{_backend}({_PACKED}) -> Tensor", tags=_TAGS)
+# What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.depthwise.cuda.
+_library.define(f"depthwise_cuda_launch({_PACKED}, int[] launch) -> Tensor")
+_library.define(f"depthwise_backward_input_cuda_launch({_GRAD_INPUT}, int[] launch) -> Tensor")
+_library.define(f"depthwise_backward_weight_cuda_launch({_GRAD_WEIGHT}, int[] launch) -> Tensor")
+_library.define(
+    "depthwise_cuda_shared_bytes(int kernel, int stride, int element_size, str pass_, "
+    "int[] launch) -> int"
 )
 
 
@@ -49,14 +72,15 @@ def depthwise(
     """Depthwise convolution, bias and activation in one pass; differentiable.
 
     Args:
-        x: [N, C, H, W]. The `cpu` kernel takes float32, bfloat16 and float16 in channels-last
-            layout (adjacent channels; images, rows and pixels may lie apart, as in a channel
-            slice). Any other layout, dtype or device runs on the reference.
+        x: [N, C, H, W]. The kernels take float32, bfloat16 and float16 in channels-last layout
+            (adjacent channels; images, rows and pixels may lie apart, as in a channel slice). Any
+            other layout, dtype or device runs on the reference.
         weight: [m·C, 1, kh, kw], m the depth multiplier; dtype of x.
         bias: [m·C] or None.
         stride, padding, dilation: one number, or (vertical, horizontal). Padding is with zeros.
         activation: "none", "relu", "relu6" or "hardswish".
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; the gradient runs on it too, except
+            on "cpu", whose gradient is PyTorch's.
 
     Returns:
         [N, m·C, H', W'] in the dtype of x: channels-last from the kernel, else as PyTorch lays it
@@ -74,7 +98,9 @@ def depthwise(
     chosen = backends.select("depthwise", backend, x.device, x)
     if chosen == "reference":
         return reference(x, weight, bias, stride, padding, dilation, activation)
-    return torch.ops.cvfast.depthwise(x, weight, bias, stride, padding, dilation, activation)
+    return torch.ops.cvfast.depthwise(
+        x, weight, bias, stride, padding, dilation, activation, chosen
+    )
 
 
 def reference(
@@ -105,10 +131,9 @@ def apply_activation(y: Tensor, activation: str) -> Tensor:
     raise ValueError(f"unknown activation {activation!r}; expected {', '.join(ACTIVATIONS)}")
 
 
-@backends.register("depthwise", "cpu")
-def _cpu_check(x: Tensor) -> Reason | None:
-    if x.device.type != "cpu":
-        return Reason("device", f"x is on {x.device}, the kernel runs on the CPU")
+def _check(backend: str, x: Tensor) -> Reason | None:
+    if (reason := backends.wrong_device(backend, x.device)) is not None:
+        return reason
     if x.dtype not in KERNEL_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     if x.shape[1] != 1 and x.stride(1) != 1:
@@ -120,8 +145,12 @@ def _cpu_check(x: Tensor) -> Reason | None:
     return None
 
 
+for _backend in KERNEL_BACKENDS:
+    backends.register("depthwise", _backend)(functools.partial(_check, _backend))
+
+
 def prepack(weight: Tensor, bias: Tensor | None = None, *, multiplier: int = 1) -> Tensor:
-    """Weights in the layout that `cvfast::depthwise_prepacked` reads; carries no gradient.
+    """Weights in the layout that every kernel reads; carries no gradient.
 
     Args:
         weight: [m·C, 1, kh, kw], any floating dtype.
@@ -141,14 +170,45 @@ def prepack(weight: Tensor, bias: Tensor | None = None, *, multiplier: int = 1) 
             f"[{multiplier}·C, 1, kh, kw]"
         )
     taps = weight.shape[2] * weight.shape[3]
-    rows = weight.detach().to(torch.float32).reshape(-1, taps)
-    if bias is None:
-        rows = F.pad(rows, (0, 1))
-    else:
-        rows = torch.cat([rows, bias.detach().to(torch.float32).unsqueeze(1)], dim=1)
-    steps = rows.reshape(-1, multiplier, taps + 1).transpose(0, 1)
-    steps = F.pad(steps, (0, 0, 0, -steps.shape[1] % _PANEL))
-    return steps.reshape(multiplier, -1, _PANEL, taps + 1).transpose(2, 3).contiguous()
+    channels = weight.shape[0] // multiplier
+    packed = weight.new_zeros(
+        (multiplier, -(-channels // _PANEL), taps + 1, _PANEL), dtype=torch.float32
+    )
+    steps = weight.detach().reshape(channels, multiplier, taps).permute(1, 2, 0)
+    _copy_to_panels(packed[:, :, :taps], steps)
+    if bias is not None:
+        shift = bias.detach().reshape(channels, multiplier, 1).permute(1, 2, 0)
+        _copy_to_panels(packed[:, :, taps:], shift)
+    return packed
+
+
+def _copy_to_panels(panels: Tensor, rows: Tensor) -> None:
+    """rows [m, t, C] into panels [m, ceil(C / 16), t, 16]."""
+    # Two views instead of padding: on a GPU each operator is a launch.
+    whole = rows.shape[2] // _PANEL
+    if whole:
+        panels[:, :whole].copy_(
+            rows[..., : whole * _PANEL].unflatten(2, (whole, _PANEL)).movedim(2, 1)
+        )
+    if rest := rows.shape[2] % _PANEL:
+        panels[:, whole, :, :rest].copy_(rows[..., -rest:])
+
+
+def unpack(packed: Tensor, channels: int, kernel_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What `prepack` packed.
+
+    Args:
+        packed: float32 [m, ceil(C / 16), kh·kw + 1, 16].
+        channels: C.
+        kernel_size: (kh, kw).
+
+    Returns:
+        weight [m·C, 1, kh, kw] and bias [m·C], float32.
+    """
+    multiplier, _, rows, _ = packed.shape
+    flat = packed.permute(1, 3, 0, 2).flatten(0, 1)[:channels].reshape(multiplier * channels, rows)
+    weight = flat[:, :-1].reshape(-1, 1, *kernel_size)
+    return weight, flat[:, -1]
 
 
 def output_size(
@@ -262,14 +322,74 @@ def _depthwise(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    backend: str = "auto",
 ) -> Tensor:
-    if backends.supports("depthwise", "cpu", x) is None:
-        packed = prepack(weight, bias, multiplier=weight.shape[0] // x.shape[1])
-        return torch.ops.cvfast.depthwise_prepacked(
-            x, packed, weight.shape[2:], stride, padding, dilation, activation
-        )
-    y = reference(x, weight, bias, stride, padding, dilation, activation)
-    return y.contiguous(memory_format=torch.channels_last)
+    chosen = backends.select("depthwise", backend, x.device, x)
+    if chosen == "reference":
+        y = reference(x, weight, bias, stride, padding, dilation, activation)
+        return y.contiguous(memory_format=torch.channels_last)
+    packed = prepack(weight, bias, multiplier=weight.shape[0] // x.shape[1])
+    return prepacked_op(chosen)(x, packed, weight.shape[2:], stride, padding, dilation, activation)
+
+
+def prepacked_op(backend: str) -> Any:
+    """The operator of a kernel that reads packed weights:
+    (x, packed, kernel_size, stride, padding, dilation, activation) → y; it has no gradient."""
+    return getattr(torch.ops.cvfast, f"depthwise_{backend}").default
+
+
+def _problem(
+    x_size: Sequence[int],
+    dtype: torch.dtype,
+    multiplier: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Problem:
+    batch, channels, height, width = x_size
+    return Problem(
+        batch,
+        channels,
+        height,
+        width,
+        kernel=(kernel_size[0], kernel_size[1]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        multiplier=multiplier,
+        dtype=dtype,
+    )
+
+
+def _gpu_forward(
+    backend: str,
+    x: Tensor,
+    packed: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    geometry = (kernel_size, stride, padding, dilation)
+    problem = _problem(x.shape, x.dtype, packed.shape[0], *geometry)
+    launch = table.choose("depthwise", backend, problem, "forward", devices.for_tensor(x))
+    if backend == "triton":
+        from cvfast.kernels import depthwise as kernels
+
+        return kernels.forward(x, packed, problem, launch, activation)
+    return torch.ops.cvfast.depthwise_cuda_launch(
+        x, packed, *geometry, activation, launch.as_ints()
+    )
+
+
+for _backend in ("triton", "cuda"):
+    _library.impl(
+        f"depthwise_{_backend}",
+        functools.partial(_gpu_forward, _backend),
+        "CompositeExplicitAutograd",
+    )
 
 
 def _fake_output(
@@ -298,13 +418,13 @@ def _depthwise_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    backend: str = "auto",
 ) -> Tensor:
-    del bias, activation
+    del bias, activation, backend
     return _fake_output(x, weight.shape[0], weight.shape[2:], stride, padding, dilation)
 
 
-@torch.library.register_fake("cvfast::depthwise_prepacked")
-def _depthwise_prepacked_fake(
+def _prepacked_fake(
     x: Tensor,
     packed: Tensor,
     kernel_size: Sequence[int],
@@ -317,68 +437,198 @@ def _depthwise_prepacked_fake(
     return _fake_output(x, packed.shape[0] * x.shape[1], kernel_size, stride, padding, dilation)
 
 
-def _depthwise_prepacked_autograd(keyset: Any, x: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or packed.requires_grad):
-        raise RuntimeError(
-            "cvfast::depthwise_prepacked has no gradient: call cvfast.ops.depthwise, or run under "
-            "torch.no_grad()"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.cvfast.depthwise_prepacked.default.redispatch(
-            keyset & torch._C._after_autograd_keyset, x, packed, *args
-        )
+def _without_gradient(op: Any, advice: str) -> Callable[..., Any]:
+    """An autograd kernel for `op` that says so instead of returning a result cut off the graph."""
+
+    def refuse_or_redispatch(keyset: Any, *args: Any) -> Any:
+        tensors = (a for a in args if isinstance(a, Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(
+                f"{op.name()} has no gradient: {advice}, or run under torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refuse_or_redispatch
 
 
-_library.impl("depthwise_prepacked", _depthwise_prepacked_autograd, "Autograd", with_keyset=True)
+for _backend in KERNEL_BACKENDS:
+    torch.library.register_fake(f"cvfast::depthwise_{_backend}", _prepacked_fake)
+    _library.impl(
+        f"depthwise_{_backend}",
+        _without_gradient(prepacked_op(_backend), "call cvfast.ops.depthwise"),
+        "Autograd",
+        with_keyset=True,
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.activation = inputs
+    x, weight, bias, *ctx.geometry, activation, backend = inputs
     # ReLU and ReLU6 read their mask off the output, which the next layer keeps alive anyway;
     # hard-swish is not monotonic, so its input is recomputed.
-    kept = output if ctx.activation in ("relu", "relu6") else None
-    recompute = ctx.activation == "hardswish"
+    kept = output if activation in ("relu", "relu6") else None
+    recompute = activation == "hardswish"
     needs_x = ctx.needs_input_grad[1] or recompute
     needs_weight = ctx.needs_input_grad[0] or recompute
-    ctx.has_bias = bias is not None
-    ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+    ctx.activation, ctx.has_bias = activation, bias is not None
+    ctx.backend = backends.select("depthwise", backend, x.device, x)
+    ctx.x_size, ctx.weight_size = x.shape, weight.shape
     ctx.save_for_backward(
+        kept,
         x if needs_x else None,
         weight if needs_weight else None,
         bias if recompute else None,
-        kept,
     )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, output = ctx.saved_tensors
-    match ctx.activation:
-        case "relu":
-            grad = torch.ops.aten.threshold_backward(grad, output, 0)
-        case "relu6":
-            grad = torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
-        case "hardswish":
-            y = reference(x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, "none")
-            grad = torch.ops.aten.hardswish_backward(grad, y)
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        # convolution_backward reads no more than the shape of what it does not need.
-        grad.new_empty(1).expand(ctx.x_shape) if x is None else x,
-        grad.new_empty(1).expand(ctx.weight_shape) if weight is None else weight,
-        [ctx.weight_shape[0]] if ctx.has_bias else None,
-        ctx.stride,
-        ctx.padding,
-        ctx.dilation,
-        False,
-        [0, 0],
-        ctx.x_shape[1],
-        [needs_x, needs_weight, needs_bias and ctx.has_bias],
-    )
-    return grad_x, grad_weight, grad_bias, None, None, None, None
+    output, x, weight, bias = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    activation = ctx.activation
+    if activation == "hardswish":
+        before = torch.ops.cvfast.depthwise(x, weight, bias, *ctx.geometry, "none", ctx.backend)
+        grad, activation = torch.ops.aten.hardswish_backward(grad, before), "none"
+    sizes = (ctx.x_size, ctx.weight_size)
+    arguments: Any = (grad, output, x, weight, *sizes, *ctx.geometry, activation, needs)
+    if ctx.backend in ("triton", "cuda"):
+        computed = torch.ops.cvfast.depthwise_backward(*arguments, ctx.backend)
+        grads = iter(computed)
+        found = tuple(next(grads) if needed else None for needed in needs)
+    else:
+        found = _aten_backward(*arguments)
+    return *found, *(None for _ in ctx.geometry), None, None
 
 
 torch.library.register_autograd("cvfast::depthwise", _backward, setup_context=_setup_context)
+
+
+def _through_activation(grad: Tensor, output: Tensor | None, activation: str) -> Tensor:
+    """The gradient before the activation, whose `output` tells where it was flat."""
+    match activation:
+        case "relu":
+            return torch.ops.aten.threshold_backward(grad, output, 0)
+        case "relu6":
+            return torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
+    return grad
+
+
+def _aten_backward(
+    grad: Tensor,
+    output: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    x_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    return torch.ops.aten.convolution_backward(
+        _through_activation(grad, output, activation),
+        # convolution_backward reads no more than the shape of what it does not need.
+        grad.new_empty(1).expand(x_size) if x is None else x,
+        grad.new_empty(1).expand(weight_size) if weight is None else weight,
+        [weight_size[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        x_size[1],
+        needs,
+    )
+
+
+@torch.library.impl(_library, "depthwise_backward", "CompositeExplicitAutograd")
+def _gpu_backward(
+    grad: Tensor,
+    output: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    x_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of x, weight and bias: those that `needs` asks for, in this order."""
+    multiplier, kernel_size = weight_size[0] // x_size[1], weight_size[2:]
+    geometry = (kernel_size, stride, padding, dilation)
+    problem = _problem(x_size, grad.dtype, multiplier, *geometry)
+    device = devices.for_tensor(grad)
+    if grad.shape[1] != 1 and grad.stride(1) != 1:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    grads = []
+    if needs[0]:
+        assert weight is not None
+        packed = prepack(weight, multiplier=multiplier)
+        launch = table.choose("depthwise", backend, problem, "backward_input", device)
+        if backend == "triton":
+            from cvfast.kernels import depthwise as kernels
+
+            grad_x = kernels.backward_input(grad, output, packed, problem, launch, activation)
+        else:
+            grad_x = torch.ops.cvfast.depthwise_backward_input_cuda_launch(
+                grad, output, packed, x_size[2:], *geometry, activation, launch.as_ints()
+            )
+        grads.append(grad_x)
+    if needs[1]:
+        launch = table.choose("depthwise", backend, problem, "backward_weight", device)
+        if backend == "triton":
+            from cvfast.kernels import depthwise as kernels
+
+            sums = kernels.backward_weight(grad, output, x, problem, launch, activation)
+        else:
+            sums = torch.ops.cvfast.depthwise_backward_weight_cuda_launch(
+                grad, output, x, *geometry, activation, launch.as_ints()
+            )
+        # Copies, since results of an operator may not share memory.
+        grad_weight, grad_bias = (
+            grad.new_empty(g.shape).copy_(g) for g in unpack(sums, x_size[1], kernel_size)
+        )
+        grads += [grad_weight, grad_bias] if needs[2] else [grad_weight]
+    elif needs[2]:
+        grads.append(_through_activation(grad, output, activation).sum((0, 2, 3)))
+    return grads
+
+
+@torch.library.register_fake("cvfast::depthwise_backward")
+def _gpu_backward_fake(
+    grad: Tensor,
+    output: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    x_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    grads = [
+        grad.new_empty(x_size).contiguous(memory_format=torch.channels_last),
+        grad.new_empty(weight_size),
+        grad.new_empty(weight_size[:1]),
+    ]
+    return [g for g, needed in zip(grads, needs, strict=True) if needed]
+
+
+_library.impl(
+    "depthwise_backward",
+    _without_gradient(
+        torch.ops.cvfast.depthwise_backward.default,
+        'for second derivatives, call cvfast.ops.depthwise with backend="reference"',
+    ),
+    "Autograd",
+    with_keyset=True,
+)
 
 
 def _depthwise_flops(
@@ -391,7 +641,7 @@ def _depthwise_flops(
     return flops(weight_shape[2:], out_shape)
 
 
-def _depthwise_prepacked_flops(
+def _prepacked_flops(
     x_shape: Sequence[int],
     packed_shape: Sequence[int],
     kernel_size: Sequence[int],
@@ -403,4 +653,5 @@ def _depthwise_prepacked_flops(
 
 
 _flops.register(torch.ops.cvfast.depthwise, _depthwise_flops)
-_flops.register(torch.ops.cvfast.depthwise_prepacked, _depthwise_prepacked_flops)
+for _backend in KERNEL_BACKENDS:
+    _flops.register(getattr(torch.ops.cvfast, f"depthwise_{_backend}"), _prepacked_flops)

@@ -15,22 +15,27 @@ if TYPE_CHECKING:
 
     from .module import OptimizedModule
     from .options import FilterFn
+    from .planner import Plan, plan
     from .report import REASONS, Report, Row
     from .verify import Verification, VerificationError
 
 __all__ = [
     "REASONS",
     "OptimizedModule",
+    "Plan",
     "Report",
     "Row",
     "Verification",
     "VerificationError",
     "optimize",
+    "plan",
 ]
 
 _HOMES = {
     "OptimizedModule": "module",
+    "Plan": "planner",
     "REASONS": "report",
+    "plan": "planner",
     "Report": "report",
     "Row": "report",
     "Verification": "verify",
@@ -69,11 +74,12 @@ def optimize(
             is called.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         dtype: compute in this dtype: inputs are cast, results cast back. Default: the model's own.
-        backend: ``"auto"``, or one of ``"reference"`` (folding only), ``"onednn"``, ``"cpu"`` for
-            all sites.
-        memory_format: of activations inside the network: ``"auto"`` (channels-last on the CPU and
-            in half precision), ``"channels_last"``, ``"contiguous"``, or the torch constant.
-            Outputs keep the layout that the original would give them.
+        backend: ``"auto"``, or one of ``"reference"`` (folding only), ``"onednn"``, ``"cpu"``,
+            ``"triton"``, ``"cuda"`` for all sites.
+        memory_format: of activations inside the network: ``"auto"`` (channels-last on the CPU, in
+            half precision, and where a kernel asks for it), ``"channels_last"``,
+            ``"contiguous"``, or the torch constant. Outputs keep the layout that the original would
+            give them.
         select: ``"heuristic"``, or ``"measure"`` to time each candidate here and keep what is
             faster.
         filter_fn: called with (module, qualified name) of each convolution; False leaves it

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from cvfast import extension
+from cvfast import backends, extension
+from cvfast.launch.depthwise import Problem
+from cvfast.launch.depthwise.cuda import tileable
 from cvfast.ops.activation import activate_
 from cvfast.ops.conv import CPU_ACTIVATIONS as CONV_ACTIVATIONS
 from cvfast.ops.conv import CPU_DTYPES as CONV_DTYPES
@@ -27,13 +29,16 @@ from cvfast.ops.conv import (
 )
 from cvfast.ops.conv import prepack as prepack_conv
 from cvfast.ops.depthwise import ACTIVATIONS as DEPTHWISE_ACTIVATIONS
+from cvfast.ops.depthwise import KERNEL_BACKENDS as DEPTHWISE_BACKENDS
 from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
+from cvfast.ops.depthwise import prepacked_op as depthwise_op
 from cvfast.ops.fold import fold_batch_norm
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
 from cvfast.ops.pointwise import ACTIVATIONS as POINTWISE_ACTIVATIONS
 from cvfast.ops.pointwise import KERNEL_DTYPES as POINTWISE_DTYPES
 from cvfast.ops.pointwise import prepack as prepack_pointwise
+from cvfast.perf import nvtx
 
 from .capture import Capture, shape_hint
 from .match import Leftover, Site, find_sites, read_activation
@@ -41,9 +46,14 @@ from .options import Options
 from .report import Row, skipped
 
 aten = torch.ops.aten
-DEPTHWISE = torch.ops.cvfast.depthwise_prepacked.default
 POINTWISE = torch.ops.cvfast.pointwise_cpu.default
 CONV = torch.ops.cvfast.conv_cpu.default
+
+_CHANNELS_LAST_RESULT = {
+    conv_onednn, channels_last, POINTWISE, CONV,
+    *(depthwise_op(backend) for backend in DEPTHWISE_BACKENDS),
+}  # fmt: skip
+"""What yields channels-last memory whatever it is given."""
 
 _KEEP_LAYOUT = {
     aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.hardswish.default,
@@ -71,6 +81,8 @@ class _Call:
     pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]]
     passes: int = 0
     """Elementwise passes over the result that remain beside the kernel."""
+    needs_channels_innermost: bool = False
+    """Whether the kernel refuses any other layout."""
     fold_dtype: torch.dtype | None = None
     """What folded weights are rounded to; default the site's dtype."""
 
@@ -95,6 +107,7 @@ class Program:
     module: fx.GraphModule
     rows: list[Row]
     sites: list[LoweredSite]
+    model: str = ""
     _packers: list[Callable[[dict[fx.Node, Tensor]], None]] = field(default_factory=list)
     _wanted: list[fx.Node] = field(default_factory=list)
 
@@ -107,6 +120,8 @@ class Program:
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         # Below autograd an operator call is some 4 us cheaper than under no_grad alone.
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            if nvtx.enabled():
+                return list(_Ranges(self).run(*flat))
             result: list[Any] = self.module.forward(*flat)
         return result
 
@@ -116,6 +131,24 @@ class Program:
         with torch.no_grad():
             counter.run(*flat)
         return counter.copies
+
+
+class _Ranges(fx.Interpreter):
+    """Runs a program with an NVTX range around each site."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self.names = {
+            site.result: nvtx.name(program.model, site.row.module, site.row.pattern)
+            for site in program.sites
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        name = self.names.get(n)
+        if name is None:
+            return super().run_node(n)
+        with nvtx.range(name):
+            return super().run_node(n)
 
 
 class _LayoutCounter(fx.Interpreter):
@@ -155,7 +188,8 @@ class _Lowering:
         self.constants: dict[fx.Node, fx.Node] = {}
         self.packed: list[tuple[list[str], Site, _Call]] = []
         self.sites = sites
-        self.use_channels_last = _use_channels_last(str(options.memory_format), sites)
+        self.planned = torch.device("cuda") if options.target is not None else None
+        self.use_channels_last = _use_channels_last(str(options.memory_format), self.planned, sites)
 
     def build(self, leftovers: list[Leftover]) -> Program:
         rows: dict[fx.Node, Row] = {}
@@ -187,7 +221,7 @@ class _Lowering:
             setattr(root, name, None)
         module = fx.GraphModule(root, self.graph)
         ordered = [rows[node] for node in self.capture.graph.nodes if node in rows]
-        program = Program(self.capture, module, ordered, lowered)
+        program = Program(self.capture, module, ordered, lowered, type(self.source).__name__)
         self._attach(program)
         program.refresh(self.source)
         module.recompile()
@@ -209,7 +243,9 @@ class _Lowering:
         if site.skip is not None:
             row.reason, row.detail = site.skip
             return row, None
-        calls, reason = _candidates(site, self.options.backend, self.use_channels_last)
+        calls, reason = _candidates(
+            site, self.planned, self.options.backend, self.use_channels_last
+        )
         if not calls:
             row.reason, row.detail = reason
             return row, None
@@ -239,16 +275,16 @@ class _Lowering:
             call.backend: kernel_runner(site, inputs, call.emit, call.pack(weight, bias))
             for call in calls
         }
-        best, gain = choose(runners, unfused_runner(site, inputs, constants))
+        best, gain = choose(runners, unfused_runner(site, inputs, constants), site.device)
         return next((call for call in calls if call.backend == best), None), gain
 
     def _emit(self, site: Site, call: _Call) -> fx.Node:
-        if call.backend == "cpu":
+        if call.needs_channels_innermost:
             x = self._with_channels_innermost(site.source)
         else:
             x = self._in_channels_last(site.source)
         residual = None
-        if site.residual is not None and call.backend == "cpu":
+        if site.residual is not None and call.needs_channels_innermost:
             residual = self._with_channels_innermost(site.residual)
         elif site.residual is not None:
             residual = self._in_channels_last(site.residual)
@@ -256,7 +292,9 @@ class _Lowering:
         constants = [self._attribute(name) for name in names]
         self.packed.append((names, site, call))
         result = call.emit(self.graph, constants, x, residual)
-        result.meta["val"] = site.last.meta["val"]
+        for node in (result, *result.all_input_nodes):
+            if node.op == "call_function":
+                node.meta.setdefault("val", site.last.meta["val"])
         if self.use_channels_last:
             self.in_channels_last.add(result)
         return result
@@ -275,9 +313,11 @@ class _Lowering:
     def _with_channels_innermost(self, node: fx.Node) -> fx.Node:
         """``node``'s value for kernels that refuse any other layout; checked where uncertain."""
         value = self._value(node)
-        if value.target in (conv_onednn, channels_last, DEPTHWISE, POINTWISE, CONV):
+        if value.target in _CHANNELS_LAST_RESULT:
             return value
-        return self.graph.call_function(channels_innermost, (value,))
+        checked = self.graph.call_function(channels_innermost, (value,))
+        checked.meta["val"] = node.meta["val"]
+        return checked
 
     def _value(self, node: fx.Node) -> fx.Node:
         """What stands for ``node`` in the new graph; a constant becomes an attribute if read."""
@@ -408,31 +448,46 @@ def _in_place(target: Any) -> Any:
     return overload or target
 
 
-def _use_channels_last(memory_format: str, sites: list[Site]) -> bool:
-    """``auto`` is channels-last on the CPU, and where tensor cores work on half precision."""
+def _use_channels_last(memory_format: str, planned: torch.device | None, sites: list[Site]) -> bool:
+    """``auto`` is channels-last on the CPU, and on GPUs where tensor cores work on half precision
+    or a depthwise kernel asks for it."""
     if memory_format != "auto":
         return memory_format == "channels_last"
     half = (torch.float16, torch.bfloat16)
-    return all(site.device.type == "cpu" or site.dtype in half for site in sites)
+    depthwise = any(site.is_depthwise and site.dtype in DEPTHWISE_DTYPES for site in sites)
+    return depthwise or all(
+        (planned or site.device).type == "cpu" or site.dtype in half for site in sites
+    )
 
 
 def _candidates(
-    site: Site, wanted: str, channels_last: bool
+    site: Site, planned: torch.device | None, wanted: str, channels_last: bool
 ) -> tuple[list[_Call], tuple[str, str]]:
     """Kernel calls that can compute the site, the preferred first; if there are none, why."""
+    device = planned or site.device
     calls: list[_Call] = []
     refusals: list[tuple[str, str]] = []
-    kernel = _own_kernel(site, wanted) if wanted in ("auto", "cpu") else None
-    if kernel is not None:
-        if (refusal := _own_unsupported(site, kernel, channels_last)) is None:
-            calls.append(kernel.call(site))
+
+    def offer(call: Callable[[], _Call], refusal: tuple[str, str] | None) -> None:
+        if refusal is None:
+            calls.append(call())
         else:
             refusals.append(refusal)
-    if wanted in ("auto", "onednn"):
-        if (refusal := _onednn_unsupported(site, channels_last)) is None:
-            calls.append(_onednn_call(site))
-        else:
-            refusals.append(refusal)
+
+    if (kernel := _own_kernel(site, wanted)) is not None:
+        wished = backends.preferred(device) if wanted == "auto" else (wanted,)
+        own = [backend for backend in wished if backend in kernel.backends]
+        if wanted == "auto" and "cuda" in own and not _has_tile_kernel(site):
+            # Triton's kernel is the same for every geometry, CUDA's general one an output a thread.
+            own.sort(key="triton".__ne__)
+        for backend in own:
+            refusal = _own_unsupported(site, kernel, backend, planned, channels_last)
+            offer(partial(kernel.call, site, backend), refusal)
+        if not calls and any(code == "no_extension" for code, _ in refusals):
+            for backend in own:
+                extension.warn_missing(backend)
+    if wanted == "onednn" or (wanted == "auto" and device.type == "cpu"):
+        offer(partial(_onednn_call, site), _onednn_unsupported(site, device, channels_last))
     # Without a kernel a site still gains from folding; with nothing to fold it stays as it was.
     if wanted == "reference" or (wanted == "auto" and not calls and site.batch_norm is not None):
         calls.append(_torch_call(site))
@@ -440,23 +495,36 @@ def _candidates(
     return calls, refusals[0] if refusals else nobody
 
 
+def _has_tile_kernel(site: Site) -> bool:
+    """Whether the CUDA kernel for the site's geometry is one that works in tiles."""
+    n, c, h, w = shape_hint(site.source)
+    geometry = site.geometry
+    return tileable(
+        Problem(
+            n, c, h, w, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation,
+            multiplier=shape_hint(site.conv)[1] // c,
+        )
+    )  # fmt: skip
+
+
 class _Kernel(NamedTuple):
     """One of cvfast's own kernels."""
 
     name: str
+    backends: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    call: Callable[[Site], _Call]
+    call: Callable[[Site, str], _Call]
 
 
 def _own_kernel(site: Site, wanted: str) -> _Kernel | None:
     """The kernel of cvfast's own for the site: with ``auto`` only where it beats oneDNN."""
     if site.is_depthwise:
-        return _Kernel("depthwise", DEPTHWISE_DTYPES, _depthwise_call)
+        return _Kernel("depthwise", DEPTHWISE_BACKENDS, DEPTHWISE_DTYPES, _depthwise_call)
     if site.is_pointwise:
-        return _Kernel("pointwise", POINTWISE_DTYPES, _pointwise_call)
+        return _Kernel("pointwise", ("cpu",), POINTWISE_DTYPES, _pointwise_call)
     dense = site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
     if dense and (wanted != "auto" or _conv_beats_onednn(site)):
-        return _Kernel("convolution", CONV_DTYPES, _conv_call)
+        return _Kernel("convolution", ("cpu",), CONV_DTYPES, _conv_call)
     return None
 
 
@@ -482,30 +550,34 @@ def _conv_algorithm(site: Site) -> str:
     )  # fmt: skip
 
 
-def _own_unsupported(site: Site, kernel: _Kernel, channels_last: bool) -> tuple[str, str] | None:
-    if not channels_last:
-        return ("layout", f"the {kernel.name} kernel needs channels-last memory")
-    if site.device.type != "cpu" or site.dtype not in kernel.dtypes:
-        return (
-            "unsupported_dtype",
-            f"the {kernel.name} kernel does not take {site.dtype} on {site.device.type}",
-        )
-    status = extension.load("cpu")
-    if not status:
-        extension.warn_missing("cpu")
-        return ("no_extension", str(status))
-    return None
-
-
-def _onednn_unsupported(site: Site, channels_last: bool) -> tuple[str, str] | None:
+def _onednn_unsupported(
+    site: Site, device: torch.device, channels_last: bool
+) -> tuple[str, str] | None:
     if not channels_last:
         return ("layout", "oneDNN's packed convolutions need channels-last memory")
-    unsupported = onednn_unsupported(site.dtype, site.device)
+    unsupported = onednn_unsupported(site.dtype, device)
     return None if unsupported is None else ("unsupported_dtype", unsupported)
+
+
+def _own_unsupported(
+    site: Site, kernel: _Kernel, backend: str, planned: torch.device | None, channels_last: bool
+) -> tuple[str, str] | None:
+    if not channels_last:
+        return ("layout", f"the {kernel.name} kernel needs channels-last memory")
+    if site.dtype not in kernel.dtypes:
+        return ("unsupported_dtype", f"the {kernel.name} kernel does not take {site.dtype}")
+    if planned is not None:
+        served = backend in backends.preferred(planned)
+        return None if served else ("no_backend", f"the {backend} kernel does not run on a GPU")
+    if (reason := backends.wrong_device(backend, site.device)) is not None:
+        return ("no_backend", reason.text)
+    status = extension.load(backend)
+    return None if status else ("no_extension", str(status))
 
 
 def _own_call(
     site: Site,
+    backend: str,
     op: Any,
     activations: Sequence[str],
     pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]],
@@ -527,10 +599,13 @@ def _own_call(
             return result
         return graph.call_function(activate_, (result, activation.name, activation.parameters))
 
-    return _Call("cpu", emit, pack, passes=int(not fused), fold_dtype=torch.float32)
+    return _Call(
+        backend, emit, pack, int(not fused), needs_channels_innermost=True,
+        fold_dtype=torch.float32,
+    )  # fmt: skip
 
 
-def _depthwise_call(site: Site) -> _Call:
+def _depthwise_call(site: Site, backend: str) -> _Call:
     geometry = site.geometry
     multiplier = shape_hint(site.conv)[1] // geometry.groups
 
@@ -544,10 +619,11 @@ def _depthwise_call(site: Site) -> _Call:
             list(geometry.dilation), activation,
         )  # fmt: skip
 
-    return _own_call(site, DEPTHWISE, DEPTHWISE_ACTIVATIONS, pack, arguments)
+    op = depthwise_op(backend)
+    return _own_call(site, backend, op, DEPTHWISE_ACTIVATIONS, pack, arguments)
 
 
-def _pointwise_call(site: Site) -> _Call:
+def _pointwise_call(site: Site, backend: str) -> _Call:
     out_channels, stride = shape_hint(site.conv)[1], list(site.geometry.stride)
 
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
@@ -557,10 +633,10 @@ def _pointwise_call(site: Site) -> _Call:
         prologue = (None, None, None)  # scale, shift, gate
         return (x, packed, out_channels, stride, *prologue, residual, activation)
 
-    return _own_call(site, POINTWISE, POINTWISE_ACTIVATIONS, pack, arguments)
+    return _own_call(site, backend, POINTWISE, POINTWISE_ACTIVATIONS, pack, arguments)
 
 
-def _conv_call(site: Site) -> _Call:
+def _conv_call(site: Site, backend: str) -> _Call:
     geometry, out_channels = site.geometry, shape_hint(site.conv)[1]
     algorithm = _conv_algorithm(site)
 
@@ -576,7 +652,7 @@ def _conv_call(site: Site) -> _Call:
             list(geometry.padding), list(geometry.dilation), activation,
         )  # fmt: skip
 
-    return _own_call(site, CONV, CONV_ACTIVATIONS, pack, arguments)
+    return _own_call(site, backend, CONV, CONV_ACTIVATIONS, pack, arguments)
 
 
 def _onednn_call(site: Site) -> _Call:

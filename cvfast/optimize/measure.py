@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cvfast.perf.gpu_timing import interleave_cuda
 from cvfast.perf.timing import interleave, ratio
 
 from .capture import shape_hint
@@ -17,17 +18,17 @@ _UNFUSED = "unfused"
 
 
 def choose(
-    candidates: dict[str, Callable[[], Any]], unfused: Callable[[], Any]
+    candidates: dict[str, Callable[[], Any]], unfused: Callable[[], Any], device: torch.device
 ) -> tuple[str | None, float]:
     """The fastest candidate and its gain over ``unfused``; None where nothing is faster."""
-    timings = interleave(
-        {_UNFUSED: unfused, **candidates},
-        min_rounds=3,
-        min_time=0.01,
-        max_time=0.5,
-        burst=5,
-        settle=0.0,
-    )
+    variants = {_UNFUSED: unfused, **candidates}
+    bounds: dict[str, Any] = {"min_rounds": 3, "min_time": 0.01, "max_time": 0.5, "burst": 5}
+    if device.type == "cuda":
+        # A layer reads what the one before has just written, so L2 is left as it is.
+        with torch.cuda.device(device):
+            timings = interleave_cuda(variants, cold_l2=False, **bounds)
+    else:
+        timings = interleave(variants, settle=0.0, **bounds)
     gains = {name: ratio(timings[_UNFUSED], timings[name]) for name in candidates}
     best = max(gains, key=gains.__getitem__)
     return (best if gains[best] > 1 else None), gains[best]

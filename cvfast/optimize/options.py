@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from cvfast.perf.devices import Device
+
 FilterFn = Callable[[nn.Module, str], bool]
 
-BACKENDS = ("auto", "reference", "onednn", "cpu")
+BACKENDS = ("auto", "reference", "onednn", "cpu", "triton", "cuda")
 _MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 _TORCH_FORMATS = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """See :func:`cvfast.optimize`; ``memory_format`` becomes the name of a layout or ``"auto"``."""
+    """See :func:`cvfast.optimize`; ``memory_format`` becomes the name of a layout or ``"auto"``.
+
+    ``target`` is a GPU to plan for that need not be there (:func:`cvfast.optimize.plan`).
+    """
 
     dtype: torch.dtype | None = None
     backend: str = "auto"
@@ -27,6 +34,7 @@ class Options:
     on_unsupported: str = "skip"
     verify: str = "auto"
     dry_run: bool = False
+    target: Device | None = None
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)

@@ -7,12 +7,15 @@ import platform
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cvfast.perf import clocks
 
 PACKAGES = (
     "cvfast",
@@ -61,7 +64,7 @@ def capture() -> dict[str, Any]:
 
     Keys: ``date`` (UTC, ISO 8601), ``cpu``, ``memory_bytes``, ``gpus``, ``os``, ``python``,
     ``packages`` (installed versions, ``None`` where one is absent), ``compilers``, ``threads``,
-    ``git``. Reads version metadata without importing the packages.
+    ``cuda``, ``git``. Reads version metadata without importing the packages.
     """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -73,6 +76,7 @@ def capture() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "compilers": {name: compiler_version(name) for name in COMPILERS},
         "threads": torch.get_num_threads(),
+        "cuda": cuda(),
         "git": git(),
     }
 
@@ -96,24 +100,46 @@ def cpu() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, compute capability, memory in bytes and driver of each CUDA device torch can use."""
+    """Each CUDA device torch can use.
+
+    Name, compute capability, multiprocessors, memory and L2 in bytes, driver. Where NVML tells:
+    ECC, highest clocks in MHz, power limit in watts, and ``now``, a `clocks.Sample`.
+    """
     if not torch.cuda.is_available():
         return []
-    driver = re.search(
-        r"Kernel Module(?:\s+for \S+)?\s+([\d.]+)", _read("/proc/driver/nvidia/version")
-    )
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_bytes": properties.total_memory,
-                "driver": driver.group(1) if driver else None,
-            }
-        )
-    return found
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    nvml = clocks.nvml(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": _kernel_module_version(),
+        **({**nvml.describe(), "now": asdict(nvml.sample())} if nvml else {}),
+    }
+
+
+def cuda() -> dict[str, Any]:
+    """Versions of CUDA and cuDNN that torch runs on, and the switches that change its results."""
+    return {
+        "runtime": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _kernel_module_version() -> str | None:
+    text = _read("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module(?:\s+for \S+)?\s+([\d.]+)", text)
+    return found.group(1) if found else None
 
 
 def package_version(name: str) -> str | None:

@@ -19,7 +19,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from cvfast.perf import gpu_timing
+
 NAMES = ("eager", "eager_channels_last", "inductor", "onnxruntime", "openvino")
+CUDA_NAMES = ("eager", "eager_channels_last", "eager_graph", "max_autotune")
 
 _OPENVINO_PRECISION = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -33,8 +36,9 @@ class Peer:
     """A model on one run-time, bound to one input.
 
     Attributes:
-        name: one of `NAMES`.
-        run: one inference on the bound input; returns when it is done.
+        name: one of `NAMES`, on a CUDA device of `CUDA_NAMES`.
+        run: one inference on the bound input; returns when it is done, on a CUDA device when it is
+            enqueued. What it returns, the next one may overwrite.
         setup_seconds: conversion, compilation and the first run.
     """
 
@@ -63,28 +67,37 @@ def build(
     """Prepares `model` on the peer `name` for inference on `example`.
 
     Args:
-        name: one of `NAMES`.
-        model: in eval mode, float32; left untouched.
-        example: (N, C, H, W) float32 input. ``eager_channels_last`` gets it so, converted once.
+        name: one of `NAMES`; on a CUDA device, one of `CUDA_NAMES`: eager PyTorch in either layout,
+            channels-last captured in a CUDA graph (``eager_graph``), and
+            ``torch.compile(mode="max-autotune")``, channels-last, batch norms folded by freezing,
+            which brings its own CUDA graphs.
+        model: in eval mode, float32, on the device of `example`; left untouched.
+        example: (N, C, H, W) float32 input. Peers that want it channels-last get it so, converted
+            once.
         threads: CPU threads. Also set for torch, process-wide.
-        dtype: what the peer computes in: float32 or bfloat16. OpenVINO takes and returns float32
-            and computes inside in `dtype`; the torch peers take a converted model and input.
+        dtype: what the peer computes in: float32, bfloat16 or, on a CUDA device, float16. OpenVINO
+            takes and returns float32 and computes inside in `dtype`; the torch peers take a
+            converted model and input.
 
-    Building ``inductor`` resets Dynamo, so that neither its recompilation limit nor the shapes of
-    an earlier build affect this one; what was compiled before compiles again at its next call.
+    Building ``inductor`` or ``max_autotune`` resets Dynamo, so that neither its recompilation limit
+    nor the shapes of an earlier build affect this one; what was compiled before compiles again at
+    its next call.
 
     Raises:
-        ValueError: for a name that is none of `NAMES`.
+        ValueError: for a name that is none of the above.
         PeerUnavailable: if the peer is not installed, or fails on this model.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"unknown peer {name!r}; choose from {', '.join(NAMES)}")
+    builders = _CUDA_BUILDERS if example.is_cuda else _BUILDERS
+    if name not in builders:
+        raise ValueError(f"unknown peer {name!r}; choose from {', '.join(builders)}")
     torch.set_num_threads(threads)
     start = time.perf_counter()
     try:
         with _quiet():
-            run = _BUILDERS[name](copy.deepcopy(model), example, threads, dtype)
+            run = builders[name](copy.deepcopy(model), example, threads, dtype)
             run()
+            if example.is_cuda:
+                torch.cuda.synchronize(example.device)
     except PeerUnavailable:
         raise
     except ModuleNotFoundError as error:
@@ -117,15 +130,36 @@ def _eager_channels_last(
 def _inductor(
     model: nn.Module, example: torch.Tensor, threads: int, dtype: torch.dtype
 ) -> Callable[[], Any]:
+    return _frozen(model.to(dtype), example.to(dtype))
+
+
+def _max_autotune(
+    model: nn.Module, example: torch.Tensor, threads: int, dtype: torch.dtype
+) -> Callable[[], Any]:
+    return _frozen(
+        model.to(dtype=dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        example.to(dtype=dtype, memory_format=torch.channels_last),
+        mode="max-autotune",
+    )
+
+
+def _frozen(model: nn.Module, example: torch.Tensor, mode: str | None = None) -> Callable[[], Any]:
+    """Inductor with the weights as constants, batch norms folded into them."""
     import torch._inductor.config as inductor_config
 
     torch.compiler.reset()
-    compiled = torch.compile(model.to(dtype), dynamic=False)
-    run = _torch_call(compiled, example.to(dtype))
+    compiled = torch.compile(model, dynamic=False, mode=mode)
+    run = _torch_call(compiled, example)
     # Freezing is read while the first call compiles.
     with inductor_config.patch(freezing=True):
         run()
     return run
+
+
+def _eager_graph(
+    model: nn.Module, example: torch.Tensor, threads: int, dtype: torch.dtype
+) -> Callable[[], Any]:
+    return gpu_timing.capture(_eager_channels_last(model, example, threads, dtype))
 
 
 def _onnxruntime(
@@ -185,6 +219,13 @@ _BUILDERS: dict[str, _Builder] = {
     "inductor": _inductor,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+}
+
+_CUDA_BUILDERS: dict[str, _Builder] = {
+    "eager": _eager,
+    "eager_channels_last": _eager_channels_last,
+    "eager_graph": _eager_graph,
+    "max_autotune": _max_autotune,
 }
 
 

@@ -16,7 +16,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,30 +137,66 @@ def interleave(
     Raises:
         ValueError: if there is no variant, or a bound is not positive.
     """
-    if not variants:
-        raise ValueError("interleave() needs at least one variant to time")
-    if min_rounds < 1 or max_time <= 0 or settle < 0 or (burst is not None and burst < 1):
-        raise ValueError(
-            "interleave() needs min_rounds >= 1, max_time > 0, settle >= 0, burst >= 1"
-        )
-    probe = probe or _matmul_probe()
-    names = list(variants)
+    if settle < 0 or (burst is not None and burst < 1):
+        raise ValueError("interleave() needs settle >= 0 and burst >= 1")
+    check_bounds(variants, min_rounds, max_time)
+    work = probe or _matmul_probe()
     batches = {name: _calibrate(call, clock) for name, call in variants.items()}
+    return collect(
+        list(variants),
+        lambda name: _burst(variants[name], batches[name], burst, settle, clock),
+        lambda: _time_probe(work, settle, clock),
+        slow=SLOW_PROBE,
+        min_rounds=min_rounds,
+        min_time=min_time,
+        max_time=max_time,
+        clock=clock,
+    )
+
+
+def check_bounds(names: Collection[str], min_rounds: int, max_time: float) -> None:
+    """Refuses, with a ValueError, what no interleaved run can do."""
+    if not names:
+        raise ValueError("interleave() needs at least one variant to time")
+    if min_rounds < 1 or max_time <= 0:
+        raise ValueError("interleave() needs min_rounds >= 1 and max_time > 0")
+
+
+def collect(
+    names: Sequence[str],
+    sample: Callable[[str], list[float]],
+    probe: Callable[[], float],
+    *,
+    slow: float,
+    min_rounds: int,
+    min_time: float,
+    max_time: float,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, Timing]:
+    """The loop of every interleaved run: rounds over `names`, in alternating order.
+
+    Args:
+        names: the variants.
+        sample: one burst of a variant, in seconds per call.
+        probe: how slow the machine is right now, in any unit; called before and after each round.
+        slow: a round whose slower probe exceeds the best round's by this factor is discarded.
+        min_rounds, min_time, max_time, clock: see `interleave`.
+    """
     rounds: list[dict[str, list[float]]] = []
     probes: list[float] = []
     collecting = gc.isenabled()
     gc.disable()
     try:
         start = clock()
-        before = _time_probe(probe, settle, clock)
+        before = probe()
         while True:
             # Alternate the order, so that no variant always follows the same neighbour.
             order = names if len(rounds) % 2 == 0 else names[::-1]
-            rounds.append({n: _burst(variants[n], batches[n], burst, settle, clock) for n in order})
-            after = _time_probe(probe, settle, clock)
+            rounds.append({name: sample(name) for name in order})
+            after = probe()
             probes.append(max(before, after))
             before = after
-            kept = _quiet(probes)
+            kept = _quiet(probes, slow)
             elapsed = (clock() - start) * 1e-9
             if elapsed >= max_time or (
                 len(kept) >= min_rounds and elapsed >= min_time * len(names)
@@ -173,10 +209,10 @@ def interleave(
     return {name: Timing.from_rounds([rounds[i][name] for i in kept], discarded) for name in names}
 
 
-def _quiet(probes: Sequence[float]) -> list[int]:
+def _quiet(probes: Sequence[float], slow: float) -> list[int]:
     """Indices of the rounds in which the machine ran at full speed; never empty."""
-    limit = SLOW_PROBE * min(probes)
-    return [index for index, seconds in enumerate(probes) if seconds <= limit]
+    limit = slow * min(probes)
+    return [index for index, probe in enumerate(probes) if probe <= limit]
 
 
 @dataclass(frozen=True)

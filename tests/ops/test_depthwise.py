@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cvfast import backends, tolerance
+from cvfast import backends, extension, tolerance
 from cvfast.ops import fold_batch_norm
 from cvfast.ops.depthwise import (
     ACTIVATIONS,
+    apply_activation,
     bytes_moved,
     depthwise,
     output_size,
@@ -76,9 +79,11 @@ class Case:
                 x, weight, bias, self.stride, self.padding, self.dilation, self.activation
             )
 
-    def kernel_result(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def kernel_result(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "cpu"
+    ) -> Tensor:
         return depthwise(
-            x, weight, bias, **self.geometry, activation=self.activation, backend="cpu"
+            x, weight, bias, **self.geometry, activation=self.activation, backend=backend
         )
 
     @property
@@ -92,10 +97,50 @@ class Case:
         return " ".join(changed).replace("torch.", "") or "default"
 
 
-def check(case: Case) -> None:
+@dataclass(frozen=True)
+class Target:
+    """Kernels under test, and where their tensors lie."""
+
+    backend: str
+    device: str
+
+    def run(self, case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The kernel's result for tensors of the CPU, there."""
+        on_device = (None if t is None else t.to(self.device) for t in (x, weight, bias))
+        return case.kernel_result(*on_device, backend=self.backend).cpu()  # type: ignore[arg-type]
+
+
+CPU = Target("cpu", "cpu")
+GPU_BACKENDS = [pytest.param(name, marks=pytest.mark.gpu_kernels) for name in ("triton", "cuda")]
+# Triton's interpreter takes minutes for what a GPU does in seconds; tests/kernels has quick cases.
+_TRITON_MARKS = [pytest.mark.gpu_kernels]
+if not torch.cuda.is_available():
+    _TRITON_MARKS.append(pytest.mark.slow)
+GPU_BACKENDS_THOROUGHLY = [pytest.param("triton", marks=_TRITON_MARKS), GPU_BACKENDS[1]]
+GpuKernels = Callable[[str], AbstractContextManager[str]]
+
+
+def skip_where_rounding_differs(target: Target, dtype: torch.dtype) -> None:
+    if target == Target("triton", "cpu") and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bfloat16")
+
+
+@pytest.fixture(params=[*(f"cpu-{level}" for level in LEVELS), *GPU_BACKENDS_THOROUGHLY])
+def target(request: pytest.FixtureRequest, gpu_kernels: GpuKernels) -> Iterator[Target]:
+    """Every level of the CPU, and the GPU's kernels: on a GPU, interpreted or emulated."""
+    backend, _, level = request.param.partition("-")
+    if backend == "cpu":
+        with isa(level):
+            yield CPU
+    else:
+        with gpu_kernels(backend) as device:
+            yield Target(backend, device)
+
+
+def check(case: Case, target: Target = CPU) -> None:
     x, weight, bias = case.tensors()
     with poisoned_memory():
-        y = case.kernel_result(x, weight, bias)
+        y = target.run(case, x, weight, bias)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close_to_float64(y, case.reference, x, weight, bias)
 
@@ -141,54 +186,63 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_matches_float64(case: Case, dtype: torch.dtype, level: str) -> None:
-    with isa(level):
-        check(replace(case, dtype=dtype))
+def test_matches_float64(case: Case, dtype: torch.dtype, target: Target) -> None:
+    check(replace(case, dtype=dtype), target)
+
+
+RANDOM_CASES = st.builds(
+    Case,
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 70),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    multiplier=st.integers(1, 3),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+).filter(lambda case: case.valid)
 
 
 # Derandomised: where PyTorch happens to be nearly exact, 1 in 4,000 shapes exceeds the limit on the
 # largest error by a few per cent.
-@settings(
+SETTINGS = settings(
     max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much],
 )
-@given(
-    level=st.sampled_from(LEVELS or ("none",)),
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 3),
-        channels=st.integers(1, 70),
-        size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-        kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-        stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        padding=st.tuples(st.integers(0, 8), st.integers(0, 8)),
-        dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        multiplier=st.integers(1, 3),
-        activation=st.sampled_from(ACTIVATIONS),
-        bias=st.booleans(),
-        dtype=st.sampled_from(DTYPES),
-    ).filter(lambda case: case.valid),
-)
+
+
+@SETTINGS
+@given(level=st.sampled_from(LEVELS or ("none",)), case=RANDOM_CASES)
 def test_matches_float64_at_random_shapes(level: str, case: Case) -> None:
     with isa(level):
         check(case)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("backend", GPU_BACKENDS_THOROUGHLY)
+@settings(SETTINGS, max_examples=30)
+@given(case=RANDOM_CASES)
+def test_gpu_kernels_match_float64_at_random_shapes(
+    gpu_kernels: GpuKernels, backend: str, case: Case
+) -> None:
+    with gpu_kernels(backend) as device:
+        check(case, Target(backend, device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_go_where_pytorch_puts_them(
-    activation: str, dtype: torch.dtype, level: str
+    activation: str, dtype: torch.dtype, target: Target
 ) -> None:
     case = Case(channels=37, kind="nonfinite", activation=activation, dtype=dtype)
     x, weight, bias = case.tensors()
-    with isa(level):
-        y = case.kernel_result(x, weight, bias)
+    y = target.run(case, x, weight, bias)
     expected = case.reference(x.double(), weight.double(), bias.double()).to(dtype)  # type: ignore[union-attr]
     assert expected.isnan().any()
     assert torch.equal(y.isnan(), expected.isnan())
@@ -196,22 +250,21 @@ def test_nan_and_infinity_go_where_pytorch_puts_them(
     assert torch.equal(y.isneginf(), expected.isneginf())
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_16_bit_pattern_survives_a_copy(dtype: torch.dtype, level: str) -> None:
+def test_every_16_bit_pattern_survives_a_copy(dtype: torch.dtype, target: Target) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).reshape(64, 1024, 1, 1)
-    with isa(level):
-        y = depthwise(x, torch.ones(1024, 1, 1, 1, dtype=dtype), backend="cpu")
+    skip_where_rounding_differs(target, dtype)
+    y = target.run(Case(padding=(0, 0)), x, torch.ones(1024, 1, 1, 1, dtype=dtype), None)
     nan = x.isnan()
     assert torch.equal(y.isnan(), nan)
     # The bias, +0, is added: -0 becomes +0.
     assert torch.equal(y[~nan], x[~nan])
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype, level: str) -> None:
+def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype, target: Target) -> None:
+    skip_where_rounding_differs(target, dtype)
     # Products of two 16-bit numbers are exact in float32 and cover ties and subnormals.
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**15), 2**15, (2, 64, 1024), generator=generator).to(torch.int16)
@@ -219,14 +272,12 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype, level: str) 
     x = a.reshape(64, 1024, 1, 1)
     for scale in b[:8]:
         weight = scale.reshape(1024, 1, 1, 1)
-        with isa(level):
-            y = depthwise(x, weight, backend="cpu").reshape(64, 1024)
+        y = target.run(Case(padding=(0, 0)), x, weight, None).reshape(64, 1024)
         expected = (a.float() * scale.float() + 0.0).to(dtype)
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "case",
@@ -238,16 +289,17 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype, level: str) 
     ids=str,
 )
 def test_channel_slices_are_read_in_place_and_nothing_around_them(
-    case: Case, dtype: torch.dtype, level: str
+    case: Case, dtype: torch.dtype, target: Target
 ) -> None:
     case = replace(case, dtype=dtype, batch=2)
     x, weight, bias = case.tensors()
+    weights = [t.to(target.device) for t in (weight, bias) if t is not None]
     for canary in (float("nan"), 12.0):
-        around = guarded(x, canary=canary)
-        with isa(level), poisoned_memory():
-            y = case.kernel_result(around.tensor, weight, bias)
+        around = guarded(x.to(target.device), canary=canary)
+        with poisoned_memory():
+            y = case.kernel_result(around.tensor, *weights, backend=target.backend)
         around.assert_untouched()
-        assert_close_to_float64(y, case.reference, x, weight, bias)
+        assert_close_to_float64(y.cpu(), case.reference, x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -386,21 +438,54 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradgradcheck(lambda *a: call_operator(case, *a), inputs)
 
 
+BACKWARD_SHAPES = [
+    Case(channels=24, stride=(2, 2)),
+    *(
+        Case(kernel=(k, k), stride=(s, s), padding=(k // 2, k // 2), size=(11, 18), channels=40)
+        for k, s in itertools.product((3, 5, 7), (1, 2))
+    ),
+    Case(channels=19, size=(9, 7), dilation=(2, 1), padding=(2, 1)),
+    Case(channels=21, size=(10, 9), stride=(1, 3), kernel=(2, 4), padding=(0, 5)),
+    Case(channels=5, size=(8, 6), multiplier=3, stride=(2, 1)),
+    Case(channels=1, size=(1, 1)),
+    Case(channels=33, size=(3, 40), bias=False),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_equal_pytorchs(activation: str, dtype: torch.dtype) -> None:
-    case = Case(batch=2, channels=24, activation=activation, dtype=dtype, stride=(2, 2))
-
-    def gradients(function: object, *inputs: Tensor) -> tuple[Tensor, ...]:
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        y = function(*leaves)  # type: ignore[operator]
-        return torch.autograd.grad(y, leaves, torch.ones_like(y))
-
+@pytest.mark.parametrize("case", BACKWARD_SHAPES, ids=str)
+def test_gradients_equal_pytorchs(
+    case: Case, activation: str, dtype: torch.dtype, target: Target
+) -> None:
+    skip_where_rounding_differs(target, dtype)
+    case = replace(case, batch=2, activation=activation, dtype=dtype)
     x, weight, bias = case.tensors()
-    assert bias is not None
-    actual = gradients(case.kernel_result, x, weight, bias)
+    # A gradient of random numbers of its own: ones would hide whatever is out of place.
+    y_grad = image(case.reference(x, weight, bias).shape, dtype, seed=3)
+
+    def gradients(function: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        y = function(*leaves)
+        wanted = [t for t in leaves if t is not None]
+        return list(torch.autograd.grad(y, wanted, y_grad.to(y.dtype)))
+
+    def run(*inputs: Tensor | None) -> Tensor:
+        return target.run(case, *inputs)  # type: ignore[arg-type]
+
+    # Activations have kinks, on whose other side a rounded output may lie. The slope there is
+    # that of the rounded value, for the truth too.
+    linear = replace(case, activation="none")
+    before = linear.reference(x, weight, bias).requires_grad_()
+    (slope,) = torch.autograd.grad(apply_activation(before, activation).sum(), before)
+
+    def truth(*inputs: Tensor | None) -> Tensor:
+        return linear.reference(*inputs) * slope.double()  # type: ignore[arg-type]
+
+    with poisoned_memory():
+        actual = gradients(run, x, weight, bias)
     baseline = gradients(case.reference, x, weight, bias)
-    expected = gradients(case.reference, x.double(), weight.double(), bias.double())
+    expected = gradients(truth, *(None if t is None else t.double() for t in (x, weight, bias)))
     for a, e, b in zip(actual, expected, baseline, strict=True):
         verdict = tolerance.check(a, e, b)
         assert verdict, str(verdict)
@@ -441,9 +526,9 @@ def test_prepacked_refuses_to_drop_a_gradient() -> None:
     packed = prepack(weight, bias)
     arguments = ([3, 3], [1, 1], [1, 1], [1, 1], "relu")
     with pytest.raises(RuntimeError, match=r"no gradient.*cvfast.ops.depthwise"):
-        torch.ops.cvfast.depthwise_prepacked(x.requires_grad_(), packed, *arguments)
+        torch.ops.cvfast.depthwise_cpu(x.requires_grad_(), packed, *arguments)
     with torch.no_grad():
-        y = torch.ops.cvfast.depthwise_prepacked(x, packed, *arguments)
+        y = torch.ops.cvfast.depthwise_cpu(x, packed, *arguments)
     assert not y.requires_grad
 
 
@@ -471,7 +556,19 @@ def test_opcheck(case: Case, requires_grad: bool) -> None:
 def test_opcheck_prepacked() -> None:
     x, weight, bias = Case(channels=20, stride=(2, 2)).tensors()
     arguments = (x, prepack(weight, bias), [3, 3], [2, 2], [1, 1], [1, 1], "relu6")
-    torch.library.opcheck(torch.ops.cvfast.depthwise_prepacked.default, arguments)
+    torch.library.opcheck(torch.ops.cvfast.depthwise_cpu.default, arguments)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_opcheck_backward(gpu_kernels: GpuKernels, backend: str) -> None:
+    case = Case(channels=20, size=(6, 5))
+    with gpu_kernels(backend) as device:
+        assert extension.load(backend)
+        x, weight, _ = (t.to(device) for t in case.tensors() if t is not None)
+        geometry = (case.stride, case.padding, case.dilation, "none")
+        sizes = (list(x.shape), list(weight.shape))
+        arguments = (torch.ones_like(x), None, x, weight, *sizes, *geometry, [True] * 3, backend)
+        torch.library.opcheck(torch.ops.cvfast.depthwise_backward.default, arguments)
 
 
 def test_fake_has_the_strides_of_the_real_result() -> None:
@@ -528,7 +625,7 @@ def test_flop_formula_equals_the_eager_count() -> None:
     assert count(lambda: call_operator(case, x, weight, bias)) == eager
     assert (
         count(
-            lambda: torch.ops.cvfast.depthwise_prepacked(
+            lambda: torch.ops.cvfast.depthwise_cpu(
                 x, packed, case.kernel, case.stride, case.padding, case.dilation, "none"
             )
         )
@@ -588,7 +685,7 @@ def test_prepacked_operator_checks_its_arguments(change: dict[str, object], mess
         **change,
     }
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.cvfast.depthwise_prepacked(*arguments.values())
+        torch.ops.cvfast.depthwise_cpu(*arguments.values())
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -631,3 +728,23 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert y.shape == (17, 128, 2, 2)
     assert y[-1, :, -1, -1].eq(9).all()
     assert y.sum() == 9 * 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_gpu_offsets_beyond_two_to_the_31(gpu_kernels: GpuKernels, backend: str) -> None:
+    # Two images 2^31 + 64 elements apart; on the CPU, only the pages touched take memory.
+    distance = 2**31 + 64
+    with gpu_kernels(backend) as device:
+        buffer = torch.empty(distance + 8 * 4 * 4, dtype=torch.float16, device=device)
+        far = buffer.as_strided((2, 8, 4, 4), (distance, 1, 32, 8))
+        near = torch.randn(2, 8, 4, 4).half().to(device, memory_format=torch.channels_last)
+        far.copy_(near)
+        weight = torch.randn(8, 1, 3, 3).half().to(device)
+        results = []
+        for x in (far, near):
+            leaf, kernel = x.detach().requires_grad_(), weight.clone().requires_grad_()
+            y = depthwise(leaf, kernel, padding=1, backend=backend)
+            results.append([y, *torch.autograd.grad(y, (leaf, kernel), torch.ones_like(y))])
+        for result, expected in zip(*results, strict=True):
+            assert torch.equal(result, expected)

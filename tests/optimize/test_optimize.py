@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -338,6 +339,22 @@ def test_measured_selection_keeps_only_what_is_faster(net: nn.Module) -> None:
     check_equal(optimized, net, X)
     for row in optimized.report.rows:
         assert (row.status == "fused" and row.gain > 1) or row.reason == "slower"
+
+
+def test_kernels_on_a_gpu_are_measured_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cvfast.optimize import measure
+    from cvfast.perf.timing import Timing
+
+    seconds = {"unfused": 3e-6, "cuda": 2e-6, "triton": 4e-6}
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        measure,
+        "interleave_cuda",
+        lambda variants, **_: {name: Timing.from_rounds([[seconds[name]]]) for name in variants},
+    )
+    candidates = {"cuda": lambda: None, "triton": lambda: None}
+    best, gain = measure.choose(candidates, lambda: None, torch.device("cuda", 1))
+    assert (best, gain) == ("cuda", pytest.approx(1.5))
 
 
 def test_verification_failure_names_the_layer(

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 
+import pytest
 import torch
 
-from cvfast.perf import environment
+from cvfast.perf import clocks, environment
 
 
 def test_capture_is_json_and_complete():
@@ -22,6 +23,7 @@ def test_capture_is_json_and_complete():
         "packages",
         "compilers",
         "threads",
+        "cuda",
         "git",
     }
     assert captured["packages"]["torch"] == torch.__version__
@@ -39,6 +41,41 @@ def test_threads_are_those_in_use():
         assert environment.capture()["threads"] == 3
     finally:
         torch.set_num_threads(before)
+
+
+class _Properties:
+    name = "NVIDIA Test"
+    major, minor = 9, 0
+    multi_processor_count = 132
+    total_memory = 1 << 37
+    L2_cache_size = 60 << 20
+
+
+class _Nvml:
+    def describe(self):
+        return {"driver": "580.1", "ecc": True, "max_sm_mhz": 1980, "power_limit_watts": 700.0}
+
+    def sample(self):
+        return clocks.Sample(sm_mhz=345, reasons=("idle",))
+
+
+@pytest.mark.parametrize("nvml", [None, _Nvml()])
+def test_gpus_have_their_clocks_where_nvml_tells(monkeypatch, nvml):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: _Properties())
+    monkeypatch.setattr(clocks, "nvml", lambda index: nvml)
+    version = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.03  Release Build"
+    monkeypatch.setattr(environment, "_read", lambda path: version)
+    (gpu,) = json.loads(json.dumps(environment.gpus()))
+    assert gpu["capability"] == "9.0"
+    assert gpu["l2_bytes"] == 60 << 20
+    if nvml:
+        assert gpu["now"]["sm_mhz"] == 345
+        assert (gpu["driver"], gpu["ecc"]) == ("580.1", True)
+    else:
+        assert gpu["driver"] == "580.159.03"
+        assert "now" not in gpu
 
 
 def test_absent_package_and_compiler_are_none(monkeypatch):

@@ -127,3 +127,50 @@ def test_flops_count_multiply_and_add(net, x):
 
 def test_peak_is_plausible():
     assert 1e9 < roofline.peak_flops(seconds=0.05) < 1e14
+
+
+def test_cuda_peers_agree_with_float64_where_their_kernels_run_on_the_cpu(net, x, monkeypatch):
+    """What is CUDA's alone (capture, max-autotune) is replaced; the rest is what runs there."""
+    captured = []
+    monkeypatch.setattr(peers.gpu_timing, "capture", lambda call: captured.append(call) or call)
+    modes = []
+
+    def compile_(model, *, dynamic, mode):
+        modes.append((dynamic, mode))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with torch.no_grad():
+        expected = peers.flatten(copy.deepcopy(net).double()(x.double()))
+    for builder in peers._CUDA_BUILDERS.values():
+        run = builder(copy.deepcopy(net), x, 1, torch.float32)
+        for actual, truth in zip(peers.flatten(run()), expected, strict=True):
+            torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-5)
+    assert len(captured) == 1
+    assert modes == [(False, "max-autotune")]
+
+
+def test_cuda_names_are_those_that_build():
+    assert tuple(peers._BUILDERS) == peers.NAMES
+    assert tuple(peers._CUDA_BUILDERS) == peers.CUDA_NAMES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", peers.CUDA_NAMES)
+def test_cuda_peers_agree_with_float64(name, dtype, net, x):
+    outputs = peers.build(
+        name, copy.deepcopy(net).cuda(), x.cuda(), threads=1, dtype=dtype
+    ).outputs()
+    with torch.no_grad():
+        expected = peers.flatten(copy.deepcopy(net).double()(x.double()))
+    limit = 1e-3 if dtype is torch.float32 else 0.02  # TF32 is on in cuDNN
+    for actual, truth in zip(outputs, expected, strict=True):
+        assert actual.dtype is dtype
+        assert (actual.double().cpu() - truth).norm() < limit * truth.norm()
+
+
+@pytest.mark.gpu
+def test_cpu_peers_are_refused_on_a_cuda_device(net, x):
+    with pytest.raises(ValueError, match="eager_graph, max_autotune"):
+        peers.build("openvino", copy.deepcopy(net).cuda(), x.cuda(), threads=1)

@@ -1,0 +1,3 @@
+#include "cuda/depthwise_launch.cuh"
+
+CVFAST_INSTANTIATE_DEPTHWISE(__half)

@@ -1,0 +1,1 @@
+"""How kernels are launched: parameters, heuristics and tuned tables; no kernel is imported here."""
