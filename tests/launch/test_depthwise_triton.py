@@ -43,7 +43,7 @@ def test_candidates_fit_the_device_and_begin_with_the_heuristic(
             assert held.blocks_per_sm >= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     pass_=st.sampled_from(PASSES),
     device=st.sampled_from(devices.DEVICES),
