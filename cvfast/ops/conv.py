@@ -20,7 +20,7 @@ from torch import Tensor
 from cvfast import backends
 from cvfast.backends import Reason
 
-from . import _flops
+from . import _flops, _gradient
 from .activation import NONE, Activation, activate_
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -534,24 +534,9 @@ def _conv_cpu_out_fake(*args: Any) -> None:
     del args
 
 
-def _refuse_gradient(name: str) -> Any:
-    op = getattr(torch.ops.cvfast, name).default
-
-    def autograd(keyset: Any, *args: Any) -> Any:
-        tensors = (a for a in args if isinstance(a, Tensor))
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(
-                f"cvfast::{name} has no gradient: call cvfast.ops.conv.conv, or run under "
-                "torch.no_grad()"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return autograd
-
-
-for _name in ("conv_cpu", "conv_cpu_out"):
-    _library.impl(_name, _refuse_gradient(_name), "Autograd", with_keyset=True)
+for _overload in (torch.ops.cvfast.conv_cpu.default, torch.ops.cvfast.conv_cpu_out.default):
+    _refusal = _gradient.refusal(_overload, "call cvfast.ops.conv.conv")
+    _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
 
 
 def _conv_cpu_flops(

@@ -7,7 +7,7 @@ multiplier: the cross-correlation of `torch.nn.functional.conv2d(..., groups=C)`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from cvfast import backends
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.depthwise import Problem
-from cvfast.ops import _flops
+from cvfast.ops import _flops, _gradient
 from cvfast.perf import devices
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
@@ -437,26 +437,11 @@ def _prepacked_fake(
     return _fake_output(x, packed.shape[0] * x.shape[1], kernel_size, stride, padding, dilation)
 
 
-def _without_gradient(op: Any, advice: str) -> Callable[..., Any]:
-    """An autograd kernel for `op` that says so instead of returning a result cut off the graph."""
-
-    def refuse_or_redispatch(keyset: Any, *args: Any) -> Any:
-        tensors = (a for a in args if isinstance(a, Tensor))
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(
-                f"{op.name()} has no gradient: {advice}, or run under torch.no_grad()"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return refuse_or_redispatch
-
-
 for _backend in KERNEL_BACKENDS:
     torch.library.register_fake(f"cvfast::depthwise_{_backend}", _prepacked_fake)
     _library.impl(
         f"depthwise_{_backend}",
-        _without_gradient(prepacked_op(_backend), "call cvfast.ops.depthwise"),
+        _gradient.refusal(prepacked_op(_backend), "call cvfast.ops.depthwise"),
         "Autograd",
         with_keyset=True,
     )
@@ -622,7 +607,7 @@ def _gpu_backward_fake(
 
 _library.impl(
     "depthwise_backward",
-    _without_gradient(
+    _gradient.refusal(
         torch.ops.cvfast.depthwise_backward.default,
         'for second derivatives, call cvfast.ops.depthwise with backend="reference"',
     ),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cvfast import backends
 from cvfast.backends import Reason
-from cvfast.ops import _flops
+from cvfast.ops import _flops, _gradient
 from cvfast.ops.activation import Activation
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
@@ -346,29 +346,10 @@ def _pointwise_cpu_out_fake(*arguments: Any, out: Tensor) -> Tensor:
     return out
 
 
-def _without_gradient(overload: Any) -> Any:
-    """The autograd kernel of an operator without gradient: it says so instead of dropping it."""
-
-    def run(keyset: Any, *arguments: Any, **keywords: Any) -> Tensor:
-        tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(
-                "cvfast::pointwise_cpu has no gradient: call cvfast.ops.pointwise, or run under "
-                "torch.no_grad()"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(
-                keyset & torch._C._after_autograd_keyset, *arguments, **keywords
-            )
-
-    return run
-
-
-for _name, _overload in (
-    ("pointwise_cpu", torch.ops.cvfast.pointwise_cpu.default),
-    ("pointwise_cpu.out", torch.ops.cvfast.pointwise_cpu.out),
-):
-    _library.impl(_name, _without_gradient(_overload), "Autograd", with_keyset=True)
+for _name in ("default", "out"):
+    _overload = getattr(torch.ops.cvfast.pointwise_cpu, _name)
+    _refusal = _gradient.refusal(_overload, "call cvfast.ops.pointwise")
+    _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
