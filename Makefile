@@ -39,7 +39,7 @@ lint: $(STAMPS)/test $(STAMPS)/build  ## formatting, types, and the C++ against 
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(CXX) -fsyntax-only -std=c++20 -Wall -Wextra -Werror $(STABLE_ABI) -Icsrc $(TORCH_INCLUDES) \
-		csrc/cpu/bindings.cpp
+		csrc/cpu/*bindings.cpp
 
 format: $(STAMPS)/test  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix --select I .

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("cvfast",),
     ("optimize", "testing"),
-    ("inventory",),
+    ("inventory", "engine"),
     ("ops",),
     ("backends",),
     ("extension", "zoo"),

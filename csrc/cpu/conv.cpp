@@ -34,7 +34,6 @@ int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns) {
 ConvPlan direct_plan(const ConvShape& s, int threads) {
     const int64_t panels = ceil_div(s.out_channels, kConvPanel);
     ConvPlan plan{};
-    plan.algorithm = ConvAlgorithm::direct;
     plan.threads = threads;
     plan.images = 1;
     plan.rows = s.out_height;
@@ -71,6 +70,7 @@ ConvPlan direct_plan(const ConvShape& s, int threads) {
     const int64_t offsets = ceil_div(s.kernel_h * s.kernel_w, 8) * 8 * int64_t{sizeof(int64_t)};
     plan.scratch_bytes = kSums * int64_t{sizeof(float)} + offsets +
                          plan.images * packed_bytes(s, plan.rows, plan.columns);
+    plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
 
@@ -100,36 +100,31 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
 
 }  // namespace
 
-ConvPlan conv_plan(const ConvShape& s, ConvAlgorithm algorithm, int threads) {
+template <class T>
+ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads) {
     threads = useful_threads(s, threads);
-    return algorithm == ConvAlgorithm::direct ? direct_plan(s, threads)
-                                              : winograd_plan(s, algorithm, threads);
+    return s.algorithm == ConvAlgorithm::direct ? direct_plan(s, threads)
+                                                : winograd_plan(s, threads);
 }
 
 template <class T>
-void conv(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>& operands,
-          void* workspace, const Parallel& parallel) {
-    const int64_t tasks = plan.pixel_blocks * plan.channel_blocks;
-    parallel(plan.threads, plan.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t worker = begin; worker < end; ++worker) {
-            void* scratch = static_cast<char*>(workspace) + worker * plan.scratch_bytes;
-            const int64_t last = (worker + 1) * tasks / plan.threads;
-            for (int64_t task = worker * tasks / plan.threads; task < last; ++task) {
-                if (plan.algorithm == ConvAlgorithm::direct) {
-                    direct_task(s, plan, operands, task, scratch);
-                } else {
-                    winograd_task(s, plan, operands, task, scratch);
-                }
-            }
+void run_tasks(const ConvShape& s, const ConvOperands<T>& operands, const ConvPlan& plan,
+               int64_t begin, int64_t end, void* scratch) {
+    for (int64_t task = begin; task < end; ++task) {
+        if (s.algorithm == ConvAlgorithm::direct) {
+            direct_task(s, plan, operands, task, scratch);
+        } else {
+            winograd_task(s, plan, operands, task, scratch);
         }
-    });
+    }
 }
 
-template void conv(const ConvShape&, const ConvPlan&, const ConvOperands<float>&, void*,
-                   const Parallel&);
-template void conv(const ConvShape&, const ConvPlan&, const ConvOperands<BFloat16>&, void*,
-                   const Parallel&);
-template void conv(const ConvShape&, const ConvPlan&, const ConvOperands<Half>&, void*,
-                   const Parallel&);
+#define CVFAST_INSTANTIATE(T)                                                                   \
+    template ConvPlan make_plan(const ConvShape&, const ConvOperands<T>&, int);                 \
+    template void run_tasks(const ConvShape&, const ConvOperands<T>&, const ConvPlan&, int64_t, \
+                            int64_t, void*);
+CVFAST_INSTANTIATE(float)
+CVFAST_INSTANTIATE(BFloat16)
+CVFAST_INSTANTIATE(Half)
 
 }  // namespace cvfast

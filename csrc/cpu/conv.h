@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "common/activation.h"
-#include "common/parallel.h"
 #include "common/types.h"
+#include "cpu/call.h"
 
 namespace cvfast {
 
@@ -32,6 +32,7 @@ struct ConvShape {
     int64_t dilation_h, dilation_w;
     ImageStrides x, x2, residual, out;  // each may be a channel slice of a wider buffer
     Activation activation;
+    ConvAlgorithm algorithm;  // that the weights are packed for
 };
 
 // out = activation(bias + weight (*) [x, x2] + residual); T: float, BFloat16 or Half, sums are
@@ -51,24 +52,17 @@ struct ConvOperands {
 
 // How the work is cut: blocks of pixels times runs of output channels. The cut depends on the
 // number of threads, the results do not.
-struct ConvPlan {
-    ConvAlgorithm algorithm;
+struct ConvPlan : Cut {
     int64_t pixel_blocks, channel_blocks;
-    int threads;                    // that pay
-    int64_t scratch_bytes;          // that each thread needs, whole cache lines
     int64_t images, rows, columns;  // direct: of one pixel block at most
     int64_t tiles;                  // Winograd: of one pixel block at most
 };
 
-ConvPlan conv_plan(const ConvShape& shape, ConvAlgorithm algorithm, int threads);
-
-// What conv() wants as workspace, aligned to 64 bytes.
-inline int64_t conv_workspace_bytes(const ConvPlan& plan) {
-    return plan.threads * plan.scratch_bytes;
-}
+template <class T>
+ConvPlan make_plan(const ConvShape& shape, const ConvOperands<T>& operands, int threads);
 
 template <class T>
-void conv(const ConvShape& shape, const ConvPlan& plan, const ConvOperands<T>& operands,
-          void* workspace, const Parallel& parallel);
+void run_tasks(const ConvShape& shape, const ConvOperands<T>& operands, const ConvPlan& plan,
+               int64_t begin, int64_t end, void* scratch);
 
 }  // namespace cvfast

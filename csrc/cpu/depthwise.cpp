@@ -27,43 +27,50 @@ constexpr int64_t kBlockChannels = 128;
 }  // namespace
 
 template <class T>
-void depthwise(const DepthwiseShape& s, const T* x, const float* packed, T* out,
-               const Parallel& parallel) {
+DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseOperands<T>&, int threads) {
+    DepthwisePlan plan{};
+    plan.blocks = (s.channels + kBlockChannels - 1) / kBlockChannels;
+    plan.tasks = s.batch * s.multiplier * plan.blocks * s.out_height;
+    plan.threads = useful_threads(s, sizeof(T), threads);
+    return plan;
+}
+
+template <class T>
+void run_tasks(const DepthwiseShape& s, const DepthwiseOperands<T>& o, const DepthwisePlan& plan,
+               int64_t begin, int64_t end, void*) {
     using Kernel =
         void (*)(const DepthwiseShape&, const T*, const float*, T*, const DepthwiseRange&);
     static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(depthwise_rows<T>);
     const Kernel kernel = kernels[static_cast<int>(current_isa())];
 
-    // Work is counted in output rows of a channel block: fine enough to balance any layer over any
-    // number of threads. Blocks are cut at panel boundaries, as equal as those allow.
+    // Blocks are cut at panel boundaries, as equal as those allow.
     const int64_t panels = (s.channels + kDepthwisePanel - 1) / kDepthwisePanel;
-    const int64_t blocks = (s.channels + kBlockChannels - 1) / kBlockChannels;
-    const int64_t planes = s.batch * s.multiplier * blocks;
-    const int threads = useful_threads(s, sizeof(T), parallel.threads);
-    parallel(planes * s.out_height, threads, [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-            const int64_t plane = begin / s.out_height;
-            const int64_t row = begin % s.out_height;
-            const int64_t rows = std::min(end - begin, s.out_height - row);
-            const int64_t block = plane % blocks;
-            const int64_t j = plane / blocks % s.multiplier;
-            const int64_t image = plane / blocks / s.multiplier;
-            const DepthwiseRange range{
-                image,
-                j,
-                block * panels / blocks * kDepthwisePanel,
-                std::min(s.channels, (block + 1) * panels / blocks * kDepthwisePanel),
-                row,
-                row + rows};
-            kernel(s, x, packed, out, range);
-            begin += rows;
-        }
-    });
+    const int64_t blocks = plan.blocks;
+    while (begin < end) {
+        const int64_t plane = begin / s.out_height;
+        const int64_t row = begin % s.out_height;
+        const int64_t rows = std::min(end - begin, s.out_height - row);
+        const int64_t block = plane % blocks;
+        const int64_t j = plane / blocks % s.multiplier;
+        const int64_t image = plane / blocks / s.multiplier;
+        const DepthwiseRange range{
+            image,
+            j,
+            block * panels / blocks * kDepthwisePanel,
+            std::min(s.channels, (block + 1) * panels / blocks * kDepthwisePanel),
+            row,
+            row + rows};
+        kernel(s, o.x, o.packed, o.out, range);
+        begin += rows;
+    }
 }
 
-template void depthwise(const DepthwiseShape&, const float*, const float*, float*, const Parallel&);
-template void depthwise(const DepthwiseShape&, const BFloat16*, const float*, BFloat16*,
-                        const Parallel&);
-template void depthwise(const DepthwiseShape&, const Half*, const float*, Half*, const Parallel&);
+#define CVFAST_INSTANTIATE(T)                                                                  \
+    template DepthwisePlan make_plan(const DepthwiseShape&, const DepthwiseOperands<T>&, int); \
+    template void run_tasks(const DepthwiseShape&, const DepthwiseOperands<T>&,                \
+                            const DepthwisePlan&, int64_t, int64_t, void*);
+CVFAST_INSTANTIATE(float)
+CVFAST_INSTANTIATE(BFloat16)
+CVFAST_INSTANTIATE(Half)
 
 }  // namespace cvfast

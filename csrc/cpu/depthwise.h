@@ -2,14 +2,30 @@
 #pragma once
 
 #include "common/depthwise.h"
-#include "common/parallel.h"
 #include "common/types.h"
+#include "cpu/call.h"
 
 namespace cvfast {
 
-// T: float, BFloat16 or Half; sums are float. Results do not depend on the number of threads.
+// T: float, BFloat16 or Half; sums are float.
 template <class T>
-void depthwise(const DepthwiseShape& shape, const T* x, const float* packed, T* out,
-               const Parallel& parallel);
+struct DepthwiseOperands {
+    const T* x;
+    const float* packed;
+    T* out;
+};
+
+// A task is an output row of a block of channels of one image, at one step of the multiplier.
+struct DepthwisePlan : Cut {
+    int64_t blocks;
+};
+
+template <class T>
+DepthwisePlan make_plan(const DepthwiseShape& shape, const DepthwiseOperands<T>& operands,
+                        int threads);
+
+template <class T>
+void run_tasks(const DepthwiseShape& shape, const DepthwiseOperands<T>& operands,
+               const DepthwisePlan& plan, int64_t begin, int64_t end, void* scratch);
 
 }  // namespace cvfast

@@ -43,18 +43,18 @@ bool needs_pack(const PointwiseShape& s, const PointwiseOperands<T>& o) {
     return s.x_pixel * int64_t{sizeof(T)} % 4096 == 0 && s.out_channels >= 64;
 }
 
-struct Cut {
+struct Blocks {
     int64_t row_blocks, panel_blocks;
 };
 
 // The cut for `threads` threads whose slowest thread has least to do: multiply-adds, and bytes of
 // pixels and weights that it reads.
 template <class T>
-Cut cut_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads) {
+Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads) {
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
     const int64_t pixel = pointwise_packed_pixel(s.in_channels, kMultipliedSize<T>);
     const int64_t most_rows = std::max(kTileRows, kBlockBytes / pixel / kTileRows * kTileRows);
-    Cut best{};
+    Blocks best{};
     double least = std::numeric_limits<double>::infinity();
     for (int64_t panel_blocks = 1; panel_blocks <= std::min<int64_t>(threads, panels);
          ++panel_blocks) {
@@ -76,27 +76,10 @@ Cut cut_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads
     return best;
 }
 
-// Memory that a thread packs pixels into; kept, and grown where a layer needs more.
-void* thread_scratch(int64_t bytes) {
-    constexpr std::align_val_t kAlignment{64};
-    struct Free {
-        void operator()(void* p) const { ::operator delete(p, kAlignment); }
-    };
-    static thread_local std::unique_ptr<void, Free> memory;
-    static thread_local int64_t size = 0;
-    if (size < bytes) {
-        size = 0;
-        memory.reset();
-        memory.reset(::operator new(static_cast<std::size_t>(bytes), kAlignment));
-        size = bytes;
-    }
-    return memory.get();
-}
-
 }  // namespace
 
 template <class T>
-PointwisePlan pointwise_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, int threads) {
+PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, int threads) {
     PointwisePlan p{};
     if (s.batch * s.height * s.width == 0) return p;
     // Whether every operand's step of one axis is `inner` of its pixels.
@@ -126,9 +109,9 @@ PointwisePlan pointwise_plan(const PointwiseShape& s, const PointwiseOperands<T>
     const double worth = time / kNanosecondsPerThread;
     p.threads = worth >= threads ? threads : std::max(1, static_cast<int>(worth));
 
-    const Cut cut = cut_for<T>(s, p.runs, p.run_rows, p.threads);
-    p.row_blocks = cut.row_blocks;
-    p.panel_blocks = cut.panel_blocks;
+    const Blocks blocks = blocks_for<T>(s, p.runs, p.run_rows, p.threads);
+    p.row_blocks = blocks.row_blocks;
+    p.panel_blocks = blocks.panel_blocks;
     p.tasks = p.runs * p.row_blocks * p.panel_blocks;
     p.pack = needs_pack(s, o);
     if (p.pack) {
@@ -139,8 +122,8 @@ PointwisePlan pointwise_plan(const PointwiseShape& s, const PointwiseOperands<T>
 }
 
 template <class T>
-void pointwise_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const PointwisePlan& p,
-                     int64_t begin, int64_t end, void* scratch) {
+void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const PointwisePlan& p,
+               int64_t begin, int64_t end, void* scratch) {
     using Kernel = void (*)(const PointwiseBlock<T>&);
     static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(pointwise_block<T>);
     const Kernel kernel = kernels[static_cast<int>(current_isa())];
@@ -180,20 +163,10 @@ void pointwise_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, con
     }
 }
 
-template <class T>
-void pointwise(const PointwiseShape& s, const PointwiseOperands<T>& o, const Parallel& parallel) {
-    const PointwisePlan plan = pointwise_plan(s, o, parallel.threads);
-    parallel(plan.tasks, plan.threads, [&](int64_t begin, int64_t end) {
-        pointwise_tasks(s, o, plan, begin, end, thread_scratch(plan.scratch_bytes));
-    });
-}
-
-#define CVFAST_INSTANTIATE(T)                                                                 \
-    template PointwisePlan pointwise_plan(const PointwiseShape&, const PointwiseOperands<T>&, \
-                                          int);                                               \
-    template void pointwise_tasks(const PointwiseShape&, const PointwiseOperands<T>&,         \
-                                  const PointwisePlan&, int64_t, int64_t, void*);             \
-    template void pointwise(const PointwiseShape&, const PointwiseOperands<T>&, const Parallel&);
+#define CVFAST_INSTANTIATE(T)                                                                  \
+    template PointwisePlan make_plan(const PointwiseShape&, const PointwiseOperands<T>&, int); \
+    template void run_tasks(const PointwiseShape&, const PointwiseOperands<T>&,                \
+                            const PointwisePlan&, int64_t, int64_t, void*);
 CVFAST_INSTANTIATE(float)
 CVFAST_INSTANTIATE(BFloat16)
 CVFAST_INSTANTIATE(Half)

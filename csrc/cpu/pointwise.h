@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "common/activation.h"
-#include "common/parallel.h"
 #include "common/types.h"
+#include "cpu/call.h"
 
 namespace cvfast {
 
@@ -61,29 +61,19 @@ struct PointwiseOperands {
 // How the work is cut into tasks: rows of pixels that lie evenly apart, in blocks, times blocks of
 // weight panels. Tasks write disjoint parts of the output and may run in any order, on any thread;
 // results do not depend on the cut.
-struct PointwisePlan {
+struct PointwisePlan : Cut {
     int64_t runs, run_rows;            // matrices of pixels, and the pixels of each
     int64_t lines;                     // runs per image; 1 too where one run holds every image
     int64_t row_blocks, panel_blocks;  // of each run
-    int64_t tasks;                     // runs * row_blocks * panel_blocks
-    int threads;                       // that pay
     bool pack;                         // pixels are brought into scratch memory
-    int64_t scratch_bytes;             // that each thread needs, aligned to 64 bytes
 };
 
-// The plan for up to `threads` threads.
 template <class T>
-PointwisePlan pointwise_plan(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
-                             int threads);
+PointwisePlan make_plan(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
+                        int threads);
 
-// Runs the tasks [begin, end) on the calling thread.
 template <class T>
-void pointwise_tasks(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
-                     const PointwisePlan& plan, int64_t begin, int64_t end, void* scratch);
-
-// All of it, on `parallel`'s threads.
-template <class T>
-void pointwise(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
-               const Parallel& parallel);
+void run_tasks(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
+               const PointwisePlan& plan, int64_t begin, int64_t end, void* scratch);
 
 }  // namespace cvfast

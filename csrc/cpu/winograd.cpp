@@ -27,14 +27,13 @@ int64_t tile_count(const ConvShape& s, ConvAlgorithm algorithm) {
 
 }  // namespace
 
-ConvPlan winograd_plan(const ConvShape& s, ConvAlgorithm algorithm, int threads) {
+ConvPlan winograd_plan(const ConvShape& s, int threads) {
     constexpr int64_t kStep = 14;  // tiles of the widest register tile
-    const int64_t taps = taps_of(algorithm);
-    const int64_t tiles = tile_count(s, algorithm);
+    const int64_t taps = taps_of(s.algorithm);
+    const int64_t tiles = tile_count(s, s.algorithm);
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
 
     ConvPlan plan{};
-    plan.algorithm = algorithm;
     plan.threads = threads;
     plan.channel_blocks = 1;
     plan.pixel_blocks = (tiles + kTiles - 1) / kTiles;
@@ -49,6 +48,7 @@ ConvPlan winograd_plan(const ConvShape& s, ConvAlgorithm algorithm, int threads)
     plan.pixel_blocks = (tiles + plan.tiles - 1) / plan.tiles;
     const WinogradScratch w = winograd_scratch(s.in_channels, taps, plan.tiles);
     plan.scratch_bytes = (w.inputs + w.products) * int64_t{sizeof(float)};
+    plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
 
@@ -59,10 +59,10 @@ void winograd_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<
     static constexpr Kernel f2[kIsaCount] = CVFAST_ISA_TABLE(winograd_f2_block<T>);
     static constexpr Kernel f4[kIsaCount] = CVFAST_ISA_TABLE(winograd_f4_block<T>);
     const Kernel kernel =
-        (plan.algorithm == ConvAlgorithm::winograd_f4 ? f4 : f2)[static_cast<int>(current_isa())];
+        (s.algorithm == ConvAlgorithm::winograd_f4 ? f4 : f2)[static_cast<int>(current_isa())];
 
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
-    const int64_t tiles = tile_count(s, plan.algorithm);
+    const int64_t tiles = tile_count(s, s.algorithm);
     const int64_t pixels = task % plan.pixel_blocks, channels = task / plan.pixel_blocks;
     const WinogradBlock block{pixels * plan.tiles, std::min(tiles, (pixels + 1) * plan.tiles),
                               channels * panels / plan.channel_blocks,

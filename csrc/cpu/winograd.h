@@ -5,7 +5,7 @@
 
 namespace cvfast {
 
-ConvPlan winograd_plan(const ConvShape& shape, ConvAlgorithm algorithm, int threads);
+ConvPlan winograd_plan(const ConvShape& shape, int threads);
 
 // Task `task` of plan.pixel_blocks * plan.channel_blocks.
 template <class T>

@@ -247,8 +247,8 @@ _library.define(
     tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
 )
 _library.define(
-    "conv_cpu_out(Tensor x, Tensor packed, Tensor? residual, Tensor? x2, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, str activation, Tensor(a!) out) -> ()",
+    "conv_cpu.out(Tensor x, Tensor packed, Tensor? residual, Tensor? x2, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, str activation, *, Tensor(a!) out) -> ()",
     tags=[torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag],
 )
 
@@ -309,7 +309,7 @@ def conv_cpu(
     if out is None:
         fresh: Tensor = ops.conv_cpu(*operands, weight.shape[0], *geometry)
         return fresh
-    ops.conv_cpu_out(*operands, *geometry, out)
+    ops.conv_cpu.out(*operands, *geometry, out=out)
     return out
 
 
@@ -529,12 +529,12 @@ def _conv_cpu_fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("cvfast::conv_cpu_out")
-def _conv_cpu_out_fake(*args: Any) -> None:
-    del args
+@torch.library.register_fake("cvfast::conv_cpu.out")
+def _conv_cpu_out_fake(*arguments: Any, out: Tensor) -> None:
+    del arguments, out
 
 
-for _overload in (torch.ops.cvfast.conv_cpu.default, torch.ops.cvfast.conv_cpu_out.default):
+for _overload in (torch.ops.cvfast.conv_cpu.default, torch.ops.cvfast.conv_cpu.out):
     _refusal = _gradient.refusal(_overload, "call cvfast.ops.conv.conv")
     _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
 

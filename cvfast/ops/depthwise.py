@@ -48,6 +48,7 @@ _library.define(
 )
 for _backend in KERNEL_BACKENDS:
     _library.define(f"depthwise_{_backend}({_PACKED}) -> Tensor", tags=_TAGS)
+_library.define(f"depthwise_cpu.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 # What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.depthwise.cuda.
 _library.define(f"depthwise_cuda_launch({_PACKED}, int[] launch) -> Tensor")
 _library.define(f"depthwise_backward_input_cuda_launch({_GRAD_INPUT}, int[] launch) -> Tensor")
@@ -445,6 +446,19 @@ for _backend in KERNEL_BACKENDS:
         "Autograd",
         with_keyset=True,
     )
+
+
+@torch.library.register_fake("cvfast::depthwise_cpu.out")
+def _depthwise_cpu_out_fake(*arguments: Any, out: Tensor) -> None:
+    del arguments, out
+
+
+_library.impl(
+    "depthwise_cpu.out",
+    _gradient.refusal(torch.ops.cvfast.depthwise_cpu.out, "call cvfast.ops.depthwise"),
+    "Autograd",
+    with_keyset=True,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

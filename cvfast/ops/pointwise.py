@@ -39,7 +39,7 @@ _library.define(
 )
 _library.define(
     "pointwise_cpu.out(Tensor x, Tensor packed, int[2] stride, Tensor? scale, Tensor? shift, "
-    "Tensor? gate, Tensor? residual, str activation, *, Tensor(a!) out) -> Tensor(a!)",
+    "Tensor? gate, Tensor? residual, str activation, *, Tensor(a!) out) -> ()",
     tags=_TAGS,
 )
 
@@ -341,9 +341,8 @@ def _pointwise_cpu_fake(
 
 
 @torch.library.register_fake("cvfast::pointwise_cpu.out")
-def _pointwise_cpu_out_fake(*arguments: Any, out: Tensor) -> Tensor:
-    del arguments
-    return out
+def _pointwise_cpu_out_fake(*arguments: Any, out: Tensor) -> None:
+    del arguments, out
 
 
 for _name in ("default", "out"):

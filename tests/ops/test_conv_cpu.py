@@ -379,8 +379,8 @@ def test_the_operator_passes_opcheck() -> None:
         arguments = (x, packed, residual, x + 1, [3, 3], 7, *geometry)
         torch.library.opcheck(torch.ops.cvfast.conv_cpu.default, arguments)
         out = torch.empty_like(residual)
-        arguments = (x, packed, None, x + 1, [3, 3], *geometry, out)
-        torch.library.opcheck(torch.ops.cvfast.conv_cpu_out.default, arguments)
+        arguments = (x, packed, None, x + 1, [3, 3], *geometry)
+        torch.library.opcheck(torch.ops.cvfast.conv_cpu.out, arguments, {"out": out})
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

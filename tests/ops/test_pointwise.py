@@ -232,11 +232,10 @@ def test_channel_slices_are_read_and_written_in_place_and_nothing_around_them(
         shape = case.reference(x, weight, bias, scale, shift, gate, residual).shape
         target = guarded(torch.zeros(shape, dtype=dtype), canary=canary, border=border)
         with isa(level):
-            y = torch.ops.cvfast.pointwise_cpu.out(
+            torch.ops.cvfast.pointwise_cpu.out(
                 source.tensor, packed, case.stride, *vectors, gate,
                 None if added is None else added.tensor, case.activation, out=target.tensor,
             )  # fmt: skip
-        assert y.data_ptr() == target.tensor.data_ptr()
         for around in (source, target, *([added] if added else [])):
             around.assert_untouched()
         assert_close_to_float64(
@@ -517,7 +516,6 @@ def test_opcheck_prepacked() -> None:
         torch.ops.cvfast.pointwise_cpu.out,
         (x, packed, [2, 2], *tail),
         {"out": image((1, case.out, 7, 7))},
-        test_utils=("test_schema", "test_faketensor"),
     )
 
 

@@ -1,0 +1,203 @@
+#include "cpu/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <new>
+#include <thread>
+#include <utility>
+
+namespace cvfast {
+namespace {
+
+constexpr std::size_t kLine = 64;
+
+struct FreeAligned {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t{kLine}); }
+};
+using Memory = std::unique_ptr<char, FreeAligned>;
+
+Memory allocate(int64_t bytes) {
+    return Memory(static_cast<char*>(
+        ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kLine})));
+}
+
+int64_t round_up(int64_t bytes) {
+    constexpr int64_t line = kLine;
+    return (bytes + line - 1) / line * line;
+}
+
+struct alignas(kLine) Counter {
+    std::atomic<int64_t> value{0};
+};
+
+// Of a call's tasks, the first of worker `worker`: its own share, which others take from only when
+// theirs is done. So a worker finds in its caches what it wrote a layer before.
+int64_t first_task(int64_t tasks, int worker, int workers) {
+    return (tasks * worker + workers - 1) / workers;
+}
+
+// Tasks claimed at a time: a quarter of a worker's share, so that the rest can be taken over.
+int64_t claim(int64_t tasks, int workers) {
+    return std::max<int64_t>(1, tasks / (int64_t{4} * workers));
+}
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Waits until `counter` is 0. The other threads are at work and need some microseconds; one that
+// lost its core needs ours.
+void wait_for_zero(const std::atomic<int64_t>& counter) {
+    constexpr int kSpins = 4096;
+    for (int spin = 0; counter.load(std::memory_order_acquire) != 0; ++spin) {
+        if (spin < kSpins) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+int64_t now() {
+    const auto time = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
+}  // namespace
+
+// What one run writes to.
+struct Plan::Run {
+    Memory arena, scratch;
+    std::vector<std::unique_ptr<Call>> calls;
+    std::unique_ptr<Counter[]> next;       // [call][worker], the worker's next unclaimed task
+    std::unique_ptr<Counter[]> remaining;  // [phase], tasks
+};
+
+Plan::~Plan() = default;
+
+int Plan::arena_count() const {
+    const std::scoped_lock lock(mutex_);
+    return runs_;
+}
+
+std::unique_ptr<Plan::Run> Plan::acquire() {
+    {
+        const std::scoped_lock lock(mutex_);
+        if (!idle_.empty()) {
+            auto run = std::move(idle_.back());
+            idle_.pop_back();
+            return run;
+        }
+        ++runs_;
+    }
+    auto run = std::make_unique<Run>();
+    run->arena = allocate(arena_bytes_);
+    run->scratch = allocate(scratch_bytes());
+    for (const auto& call : calls_) run->calls.push_back(call->clone());
+    for (const Relocation& r : in_arena_) {
+        run->calls[r.call]->set_pointer(r.pointer, run->arena.get() + r.offset);
+    }
+    run->next = std::make_unique<Counter[]>(calls_.size() * threads_);
+    run->remaining = std::make_unique<Counter[]>(phases_.size());
+    return run;
+}
+
+void Plan::run(std::span<void* const> externals, const Parallel& parallel, int64_t* nanoseconds) {
+    auto run = acquire();
+    for (const Relocation& r : in_externals_) {
+        run->calls[r.call]->set_pointer(r.pointer,
+                                        static_cast<char*>(externals[r.space - 1]) + r.offset);
+    }
+    for (std::size_t call = 0; call < calls_.size(); ++call) {
+        for (int worker = 0; worker < threads_; ++worker) {
+            run->next[call * threads_ + worker].value.store(
+                first_task(tasks_[call], worker, threads_), std::memory_order_relaxed);
+        }
+    }
+    for (std::size_t phase = 0; phase < phases_.size(); ++phase) {
+        run->remaining[phase].value.store(phases_[phase].tasks, std::memory_order_relaxed);
+    }
+    // A pool that has fewer threads free gives one of them several workers: the first will do, for
+    // no work waits for a certain worker.
+    parallel(threads_, threads_,
+             [&](int64_t begin, int64_t) { work(*run, static_cast<int>(begin), nanoseconds); });
+    const std::scoped_lock lock(mutex_);
+    idle_.push_back(std::move(run));
+}
+
+void Plan::work(Run& run, int worker, int64_t* nanoseconds) const {
+    char* scratch = run.scratch.get() + worker * scratch_bytes_;
+    int64_t time = nanoseconds ? now() : 0;
+    for (std::size_t phase = 0; phase < phases_.size(); ++phase) {
+        int64_t done = 0;
+        for (int call = phases_[phase].begin; call < phases_[phase].end; ++call) {
+            const int64_t step = claim(tasks_[call], threads_);
+            for (int i = 0; i < threads_; ++i) {
+                const int owner = (worker + i) % threads_;
+                const int64_t last = first_task(tasks_[call], owner + 1, threads_);
+                auto& next = run.next[static_cast<std::size_t>(call) * threads_ + owner].value;
+                while (next.load(std::memory_order_relaxed) < last) {
+                    const int64_t begin = next.fetch_add(step, std::memory_order_relaxed);
+                    if (begin >= last) break;
+                    const int64_t end = std::min(begin + step, last);
+                    run.calls[call]->run(begin, end, scratch);
+                    done += end - begin;
+                }
+            }
+        }
+        auto& remaining = run.remaining[phase].value;
+        if (done) remaining.fetch_sub(done, std::memory_order_acq_rel);
+        wait_for_zero(remaining);
+        if (nanoseconds && worker == 0) {
+            nanoseconds[phase] += now() - time;
+            time = now();
+        }
+    }
+}
+
+PlanBuilder::PlanBuilder(std::vector<Space> spaces, int threads)
+    : spaces_(std::move(spaces)), plan_(new Plan) {
+    plan_->threads_ = threads;
+    plan_->arena_bytes_ = spaces_[0].bytes;
+    plan_->externals_ = static_cast<int>(spaces_.size()) - 1;
+}
+
+void PlanBuilder::append(std::unique_ptr<Call> call) {
+    const int index = plan_->call_count();
+    for (int i = 0; i < call->pointer_count(); ++i) {
+        const auto* pointer = static_cast<const char*>(call->pointer(i));
+        for (std::size_t s = 0; pointer && s < spaces_.size(); ++s) {
+            const Space& space = spaces_[s];
+            const int64_t offset = pointer - space.begin;
+            if (offset < 0 || offset >= space.bytes) continue;
+            auto& list = s == 0 ? plan_->in_arena_ : plan_->in_externals_;
+            list.push_back({index, i, static_cast<int>(s), offset});
+            break;
+        }
+    }
+    const Cut cut = call->cut(plan_->threads_);
+    plan_->tasks_.push_back(cut.tasks);
+    plan_->scratch_bytes_ = std::max(plan_->scratch_bytes_, round_up(cut.scratch_bytes));
+    plan_->calls_.push_back(std::move(call));
+}
+
+void PlanBuilder::barrier() {
+    const int end = plan_->call_count();
+    if (phase_begin_ == end) return;
+    Phase phase{phase_begin_, end, 0};
+    for (int call = phase.begin; call < end; ++call) phase.tasks += plan_->tasks_[call];
+    plan_->phases_.push_back(phase);
+    phase_begin_ = end;
+}
+
+std::unique_ptr<Plan> PlanBuilder::finish() {
+    barrier();
+    return std::move(plan_);
+}
+
+}  // namespace cvfast

@@ -1,0 +1,91 @@
+// Plans: recorded kernel calls over one arena, run from first to last by one call. See
+// docs/engine.md.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "common/parallel.h"
+#include "cpu/call.h"
+
+namespace cvfast {
+
+// Memory that lies elsewhere at each run: the arena, or a tensor that the caller hands in.
+struct Space {
+    const char* begin;  // while the plan is recorded
+    int64_t bytes;
+};
+
+// Where a call holds a pointer into a space.
+struct Relocation {
+    int call, pointer;
+    int space;
+    int64_t offset;
+};
+
+// Calls [begin, end) may run at once: none reads or overwrites what another writes.
+struct Phase {
+    int begin, end;
+    int64_t tasks;
+};
+
+// May be run by several threads at once: each run has an arena and operands of its own, which are
+// kept for later runs.
+class Plan {
+  public:
+    ~Plan();
+
+    // `externals` are the spaces after the arena. With `nanoseconds` not null, the time that each
+    // phase took is added to it.
+    void run(std::span<void* const> externals, const Parallel& parallel, int64_t* nanoseconds);
+
+    int64_t arena_bytes() const { return arena_bytes_; }
+    // Of all threads together.
+    int64_t scratch_bytes() const { return scratch_bytes_ * threads_; }
+    int call_count() const { return static_cast<int>(calls_.size()); }
+    int phase_count() const { return static_cast<int>(phases_.size()); }
+    int external_count() const { return externals_; }
+    // Arenas that exist: as many as runs were ever under way at once.
+    int arena_count() const;
+
+  private:
+    friend class PlanBuilder;
+    struct Run;
+
+    Plan() = default;
+    std::unique_ptr<Run> acquire();
+    void work(Run& run, int worker, int64_t* nanoseconds) const;
+
+    int threads_ = 1;
+    int externals_ = 0;
+    int64_t arena_bytes_ = 0, scratch_bytes_ = 0;
+    std::vector<std::unique_ptr<Call>> calls_;
+    std::vector<int64_t> tasks_;  // of each call
+    std::vector<Phase> phases_;
+    std::vector<Relocation> in_arena_, in_externals_;
+
+    mutable std::mutex mutex_;
+    std::vector<std::unique_ptr<Run>> idle_;
+    int runs_ = 0;
+};
+
+class PlanBuilder {
+  public:
+    // The first space is the arena.
+    PlanBuilder(std::vector<Space> spaces, int threads);
+
+    void append(std::unique_ptr<Call> call);
+    // What follows may read and overwrite what came before.
+    void barrier();
+    std::unique_ptr<Plan> finish();
+
+  private:
+    std::vector<Space> spaces_;
+    std::unique_ptr<Plan> plan_;
+    int phase_begin_ = 0;
+};
+
+}  // namespace cvfast
