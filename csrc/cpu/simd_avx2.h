@@ -77,6 +77,19 @@ CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return fma(even(a), even(b), fma(odd(a), odd(b), c));
 }
 
+CVFAST_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+
+// 2^n, n the integer in a lane's low bits.
+CVFAST_INLINE Vec pow2(Vec n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+// NaN where either is.
+CVFAST_INLINE Vec max_nan(Vec a, Vec b) {
+    return _mm256_or_ps(_mm256_max_ps(a, b), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+
 // MAXPS and MINPS return their second operand where either is NaN.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return _mm256_max_ps(set1(bound), x); }
 CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) { return _mm256_min_ps(set1(bound), x); }

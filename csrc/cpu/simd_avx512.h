@@ -80,6 +80,19 @@ CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
 }
 #endif
 
+CVFAST_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+
+// 2^n, n the integer in a lane's low bits.
+CVFAST_INLINE Vec pow2(Vec n) {
+    const __m512i biased = _mm512_add_epi32(_mm512_castps_si512(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+
+// NaN where either is.
+CVFAST_INLINE Vec max_nan(Vec a, Vec b) {
+    return _mm512_mask_max_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, b);
+}
+
 // MAXPS and MINPS return their second operand where either is NaN.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return _mm512_max_ps(set1(bound), x); }
 CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) { return _mm512_min_ps(set1(bound), x); }

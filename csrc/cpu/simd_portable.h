@@ -61,6 +61,16 @@ CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return fma(even(a), even(b), fma(odd(a), odd(b), c));
 }
 
+CVFAST_INLINE Vec div(Vec a, Vec b) { return a / b; }
+
+// 2^n, n the integer in a lane's low bits.
+CVFAST_INLINE Vec pow2(Vec n) {
+    return __builtin_bit_cast(Vec, (__builtin_bit_cast(Bits, n) + 127) << 23);
+}
+
+// NaN where either is.
+CVFAST_INLINE Vec max_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+
 // A NaN in x is kept: comparisons with NaN are false.
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) {
     const Vec b = set1(bound);

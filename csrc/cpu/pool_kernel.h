@@ -1,0 +1,269 @@
+// The pooling kernels, compiled once per instruction-set level by foreach_isa.h.
+//
+// A window is reduced down its columns first, then along the row that this leaves: kernel_h +
+// kernel_w steps an output instead of kernel_h * kernel_w.
+
+namespace cvfast {
+
+#ifndef CVFAST_POOL_RANGE
+#define CVFAST_POOL_RANGE
+// What one call computes: rows of one channel block of one image.
+struct PoolRange {
+    int64_t image;
+    int64_t channel_begin, channel_end;
+    int64_t row_begin, row_end;
+};
+
+// The taps of a window along one axis.
+struct PoolTaps {
+    int64_t first, count;  // those in the image; where their first lies
+    int64_t padded;        // how many lie in the padded image
+
+    PoolTaps(int64_t position, int64_t stride, int64_t kernel, int64_t pad, int64_t dilation,
+             int64_t size) {
+        const int64_t start = position * stride - pad;
+        const int64_t before = (std::max<int64_t>(-start, 0) + dilation - 1) / dilation;
+        const int64_t within = (std::max<int64_t>(size - start, 0) + dilation - 1) / dilation;
+        first = start + before * dilation;
+        count = std::max<int64_t>(0, std::min(kernel, within) - before);
+        padded = std::min(kernel, size + pad - start);
+    }
+};
+
+// `taps` rows of numbers, `step` apart from x on, to be combined into one; a row passes through
+// relu(scale * x + shift) before and is divided behind, where asked for.
+template <class In, class Out>
+struct PoolReduction {
+    const In* x;
+    int64_t step, taps;
+    const float* scale;
+    const float* shift;
+    float divisor;
+    Out* out;
+};
+#endif
+
+namespace CVFAST_ISA_NAMESPACE {
+
+template <PoolKind kKind>
+CVFAST_INLINE Vec combine(Vec a, Vec b) {
+    if constexpr (kKind == PoolKind::max) return max_nan(a, b);
+    return add(a, b);
+}
+
+template <class T, bool kPartial>
+CVFAST_INLINE Vec load_channels(const T* p, int n) {
+    if constexpr (kPartial) return load_n(p, n);
+    return load(p);
+}
+
+// V vectors from c on; the first `n` numbers of one vector where kPartial.
+template <PoolKind kKind, bool kScale, bool kDivide, int V, bool kPartial, class In, class Out>
+CVFAST_INLINE void reduce_vectors(const PoolReduction<In, Out>& r, int64_t c, int n) {
+    Vec result[V], scale[V], shift[V];
+    if constexpr (kScale) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+            scale[v] = load_channels<float, kPartial>(r.scale + c + v * kLanes, n);
+            shift[v] = load_channels<float, kPartial>(r.shift + c + v * kLanes, n);
+        }
+    }
+    const In* x = r.x + c;
+    for (int64_t tap = 0; tap < r.taps; ++tap, x += r.step) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+            Vec next = load_channels<In, kPartial>(x + v * kLanes, n);
+            if constexpr (kScale) next = max_keep_nan(fma(next, scale[v], shift[v]), 0.f);
+            result[v] = tap == 0 ? next : combine<kKind>(result[v], next);
+        }
+    }
+    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        if constexpr (kDivide) result[v] = div(result[v], set1(r.divisor));
+        if constexpr (kPartial) {
+            store_n(r.out + c, result[v], n);
+        } else {
+            store(r.out + c + v * kLanes, result[v]);
+        }
+    }
+}
+
+// `numbers` numbers of a row; there is a tap at least.
+template <PoolKind kKind, bool kScale, bool kDivide, class In, class Out>
+CVFAST_INLINE void reduce(const PoolReduction<In, Out>& r, int64_t numbers) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= numbers; c += 4 * kLanes) {
+        reduce_vectors<kKind, kScale, kDivide, 4, false>(r, c, kLanes);
+    }
+    for (; c + kLanes <= numbers; c += kLanes) {
+        reduce_vectors<kKind, kScale, kDivide, 1, false>(r, c, kLanes);
+    }
+    if (c < numbers) {
+        const int n = static_cast<int>(numbers - c);
+        reduce_vectors<kKind, kScale, kDivide, 1, true>(r, c, n);
+    }
+}
+
+// Down the columns of an output row's windows: a row of sums, or of maxima, over the image's width.
+template <PoolKind kKind, bool kScale, class T>
+CVFAST_INLINE void reduce_columns(const PoolShape& s, const T* x, const float* scale,
+                                  const float* shift, const PoolTaps& taps, int64_t channels,
+                                  float* row) {
+    PoolReduction<T, float> r{
+        x + taps.first * s.x_row, s.dilation_h * s.x_row, taps.count, scale, shift, 1.f, row};
+    if (!kScale && s.x_pixel == channels) {
+        reduce<kKind, false, false>(r, s.width * channels);
+        return;
+    }
+    for (int64_t pixel = 0; pixel < s.width; ++pixel) {
+        reduce<kKind, kScale, false>(r, channels);
+        r.x += s.x_pixel;
+        r.out += channels;
+    }
+}
+
+template <PoolKind kKind, class T>
+void pool_rows_of(const PoolShape& s, const PoolOperands<T>& o, const PoolRange& range,
+                  float* row) {
+    const int64_t channels = range.channel_end - range.channel_begin;
+    const T* x = o.x + range.image * s.x_image + range.channel_begin;
+    const float *scale = nullptr, *shift = nullptr;
+    if (o.scale != nullptr) {
+        scale = o.scale + range.channel_begin;
+        shift = o.shift + range.channel_begin;
+    }
+    for (int64_t y = range.row_begin; y < range.row_end; ++y) {
+        const PoolTaps down(y, s.stride_h, s.kernel_h, s.pad_h, s.dilation_h, s.height);
+        if (kKind == PoolKind::average && scale != nullptr) {
+            reduce_columns<kKind, true>(s, x, scale, shift, down, channels, row);
+        } else {
+            reduce_columns<kKind, false>(s, x, scale, shift, down, channels, row);
+        }
+        T* out = o.out + range.image * s.out_image + y * s.out_row + range.channel_begin;
+        for (int64_t column = 0; column < s.out_width; ++column, out += s.out_pixel) {
+            const PoolTaps along(column, s.stride_w, s.kernel_w, s.pad_w, s.dilation_w, s.width);
+            if (down.count == 0 || along.count == 0) {
+                const float empty = kKind == PoolKind::max ? -__builtin_inff() : 0.f;
+                std::fill_n(out, channels, from_float<T>(empty));
+                continue;
+            }
+            int64_t divisor = s.divisor;
+            if (divisor == 0) {
+                divisor = s.count_padding ? down.padded * along.padded : down.count * along.count;
+            }
+            const PoolReduction<float, T> r{row + along.first * channels,
+                                            s.dilation_w * channels,
+                                            along.count,
+                                            nullptr,
+                                            nullptr,
+                                            float(divisor),
+                                            out};
+            reduce<kKind, false, kKind == PoolKind::average>(r, channels);
+        }
+    }
+}
+
+template <class T>
+void pool_rows(const PoolShape& s, const PoolOperands<T>& o, const PoolRange& range, float* row) {
+    if (s.kind == PoolKind::max) {
+        pool_rows_of<PoolKind::max>(s, o, range, row);
+    } else {
+        pool_rows_of<PoolKind::average>(s, o, range, row);
+    }
+}
+
+// Sums of so many pixels are added in pairs, and the sums of those again: the error of a mean of
+// 112x112 pixels is that of adding 16 and 10 numbers.
+inline constexpr int64_t kSegmentPixels = 16;
+inline constexpr int kMostLevels = 48;
+
+// Sums of V vectors of channels, added up like a binary counter: level l holds that of 2^l
+// segments.
+template <int V>
+struct PairwiseSum {
+    int64_t segments = 0;
+    Vec levels[kMostLevels][V];
+
+    CVFAST_INLINE void push(Vec (&sum)[V]) {
+        int level = 0;
+        for (; segments >> level & 1; ++level) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) sum[v] = add(levels[level][v], sum[v]);
+        }
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) levels[level][v] = sum[v];
+        ++segments;
+    }
+
+    CVFAST_INLINE void total(Vec (&sum)[V]) const {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) sum[v] = set1(0.f);
+        for (int level = 0; segments >> level; ++level) {
+            if (segments >> level & 1) {
+                CVFAST_UNROLL for (int v = 0; v < V; ++v) sum[v] = add(levels[level][v], sum[v]);
+            }
+        }
+    }
+};
+
+template <bool kScale, int V, bool kPartial, class T>
+void global_pool_vectors(const GlobalPoolShape& s, const GlobalPoolOperands<T>& o, int64_t c,
+                         int n) {
+    Vec scale[V], shift[V];
+    if constexpr (kScale) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+            scale[v] = load_channels<float, kPartial>(o.scale + c + v * kLanes, n);
+            shift[v] = load_channels<float, kPartial>(o.shift + c + v * kLanes, n);
+        }
+    }
+    PairwiseSum<V> sums;
+    Vec sum[V];
+    for (int64_t y = 0; y < s.height; ++y) {
+        const T* x = o.x + y * s.x_row + c;
+        for (int64_t begin = 0; begin < s.width; begin += kSegmentPixels) {
+            const int64_t pixels = std::min(kSegmentPixels, s.width - begin);
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) sum[v] = set1(0.f);
+            for (int64_t pixel = 0; pixel < pixels; ++pixel, x += s.x_pixel) {
+                CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                    Vec next = load_channels<T, kPartial>(x + v * kLanes, n);
+                    if constexpr (kScale) next = max_keep_nan(fma(next, scale[v], shift[v]), 0.f);
+                    sum[v] = add(sum[v], next);
+                }
+            }
+            sums.push(sum);
+        }
+    }
+    sums.total(sum);
+    const Vec pixels = set1(float(s.height * s.width));
+    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        const Vec mean = div(sum[v], pixels);
+        if constexpr (kPartial) {
+            store_n(o.out + c, mean, n);
+        } else {
+            store(o.out + c + v * kLanes, mean);
+        }
+    }
+}
+
+template <bool kScale, class T>
+CVFAST_INLINE void global_pool_channels_of(const GlobalPoolShape& s, const GlobalPoolOperands<T>& o,
+                                           int64_t c, int64_t end) {
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
+        global_pool_vectors<kScale, 4, false>(s, o, c, kLanes);
+    }
+    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
+        global_pool_vectors<kScale, 2, false>(s, o, c, kLanes);
+    }
+    for (; c + kLanes <= end; c += kLanes) {
+        global_pool_vectors<kScale, 1, false>(s, o, c, kLanes);
+    }
+    if (c < end) global_pool_vectors<kScale, 1, true>(s, o, c, static_cast<int>(end - c));
+}
+
+// Channels [begin, end) of the image that the operands point to.
+template <class T>
+void global_pool_channels(const GlobalPoolShape& s, const GlobalPoolOperands<T>& o, int64_t begin,
+                          int64_t end) {
+    if (o.scale != nullptr) {
+        global_pool_channels_of<true>(s, o, begin, end);
+    } else {
+        global_pool_channels_of<false>(s, o, begin, end);
+    }
+}
+
+}  // namespace CVFAST_ISA_NAMESPACE
+}  // namespace cvfast
