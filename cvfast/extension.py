@@ -128,4 +128,14 @@ def select_cpu_isa(level: str) -> None:
             f"instruction-set level {level!r} is not available; this machine has "
             f"{', '.join(available)}"
         )
+    global _selected_isa
     torch.ops.cvfast.cpu_select_isa(level)
+    _selected_isa = level
+
+
+_selected_isa: str | None = None
+
+
+def selected_cpu_isa() -> str | None:
+    """What :func:`select_cpu_isa` was last given; None before: the best level."""
+    return _selected_isa

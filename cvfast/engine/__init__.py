@@ -1,1 +1,1 @@
-"""Execution of whole networks: kernel calls recorded into plans over one arena. See docs/engine.md."""
+"""Whole networks as plans: kernel calls recorded over one arena. See docs/engine.md."""

@@ -109,6 +109,11 @@ class OneDnnWeight:
         self._layouts: dict[bytes, Tensor] = {_layout(packed): packed}
         self._packed: dict[Sequence[int], Tensor] = {torch.Size(input_shape): packed}
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Of the convolution of an input of ``shape``."""
+        k, _, *kernel = next(iter(self._layouts.values())).shape
+        return _output_shape(shape, k, kernel, self.stride, self.padding, self.dilation)
+
     def packed_for(self, shape: torch.Size) -> Tensor:
         """The weight in the layout for inputs of ``shape``."""
         packed = self._packed.get(shape)

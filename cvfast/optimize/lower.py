@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +43,7 @@ from cvfast.ops.pointwise import prepack as prepack_pointwise
 from cvfast.perf import nvtx
 
 from .capture import Capture, shape_hint
+from .flatten import Schedule, flatten
 from .match import Leftover, Site, find_sites, read_activation
 from .options import Options
 from .report import Row, skipped
@@ -96,10 +99,15 @@ class LoweredSite:
     result: fx.Node
 
 
+MAX_SCHEDULES = 8
+"""Sizes of inputs for which a program keeps plans, each with an arena of its own."""
+
+
 @dataclass
 class Program:
     """An executable graph with packed weights, bound to the module whose weights it runs.
 
+    On the CPU it runs as plans of the engine (``planned``), made for each size of the inputs.
     Safe to run from several threads; :meth:`refresh` is not to run beside them.
     """
 
@@ -108,6 +116,10 @@ class Program:
     rows: list[Row]
     sites: list[LoweredSite]
     model: str = ""
+    planned: bool = False
+    _schedules: dict[Any, Schedule | None] = field(default_factory=dict)
+    _packed: dict[Any, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _packers: list[Callable[[dict[fx.Node, Tensor]], None]] = field(default_factory=list)
     _wanted: list[fx.Node] = field(default_factory=list)
 
@@ -116,14 +128,48 @@ class Program:
         values = self.capture.evaluate_constants(source, self._wanted)
         for pack in self._packers:
             pack(values)
+        self._schedules.clear()
+        self._packed.clear()
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
         # Below autograd an operator call is some 4 us cheaper than under no_grad alone.
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             if nvtx.enabled():
                 return list(_Ranges(self).run(*flat))
+            schedule = self.schedule(flat) if self.planned else None
+            if schedule is not None:
+                return schedule.run(flat)
             result: list[Any] = self.module.forward(*flat)
         return result
+
+    def schedule(self, flat: Sequence[Any]) -> Schedule | None:
+        """The plans for inputs like these; None if there is no kernel for any step."""
+        sizes = tuple((v.shape, v.stride()) for v in flat if isinstance(v, Tensor))
+        key = (sizes, torch.get_num_threads(), extension.selected_cpu_isa())
+        try:
+            return self._schedules[key]
+        except KeyError:
+            pass
+        with self._lock:
+            if key not in self._schedules:
+                if len(self._schedules) >= MAX_SCHEDULES:
+                    del self._schedules[next(iter(self._schedules))]
+                self._schedules[key] = self._flatten(flat)
+            return self._schedules[key]
+
+    def _flatten(self, flat: Sequence[Any]) -> Schedule | None:
+        names = {site.result: site.row.module for site in self.sites}
+        try:
+            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+                return flatten(self.module, flat, torch.get_num_threads(), names, self._packed)
+        except Exception as error:
+            warnings.warn(
+                f"cvfast cannot plan {self.model}, which runs operator by operator; please report "
+                f"this: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
 
     def count_layout_copies(self, flat: Sequence[Any]) -> int:
         """Conversions between memory formats in one run."""
@@ -221,11 +267,23 @@ class _Lowering:
             setattr(root, name, None)
         module = fx.GraphModule(root, self.graph)
         ordered = [rows[node] for node in self.capture.graph.nodes if node in rows]
-        program = Program(self.capture, module, ordered, lowered, type(self.source).__name__)
+        program = Program(
+            self.capture, module, ordered, lowered, type(self.source).__name__, self._is_planned()
+        )
         self._attach(program)
         program.refresh(self.source)
         module.recompile()
         return program
+
+    def _is_planned(self) -> bool:
+        devices = {site.device.type for site in self.sites}
+        return (
+            self.options.backend in ("auto", "cpu")
+            and self.options.target is None
+            and devices == {"cpu"}
+            and self.use_channels_last
+            and bool(extension.load("cpu"))
+        )
 
     def _name(self, module: str) -> str:
         return f"{self.prefix}.{module}" if self.prefix and module else self.prefix or module
@@ -523,23 +581,10 @@ def _own_kernel(site: Site, wanted: str) -> _Kernel | None:
     if site.is_pointwise:
         return _Kernel("pointwise", ("cpu",), POINTWISE_DTYPES, _pointwise_call)
     dense = site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
-    if dense and (wanted != "auto" or _conv_beats_onednn(site)):
+    # In bfloat16 oneDNN multiplies at twice the rate.
+    if dense and (wanted != "auto" or site.dtype == torch.float32):
         return _Kernel("convolution", ("cpu",), CONV_DTYPES, _conv_call)
     return None
-
-
-_SMALL_FLOPS = 16e6
-"""Operations below which a call of oneDNN costs more time before its kernel than in it. Measured:
-the direct kernel is 1.1 to 1.5 times as fast on 4 to 14 MFLOP, level with it above."""
-
-
-def _conv_beats_onednn(site: Site) -> bool:
-    """Where Winograd saves arithmetic, or the call is small; in float32, as oneDNN multiplies
-    bfloat16 at twice the rate."""
-    if site.dtype != torch.float32:
-        return False
-    shapes = shape_hint(site.source), shape_hint(site.weight), shape_hint(site.conv)
-    return _conv_algorithm(site) != "direct" or flops(*shapes) < _SMALL_FLOPS
 
 
 def _conv_algorithm(site: Site) -> str:

@@ -200,11 +200,12 @@ def _grow(capture: Capture, conv: fx.Node, taken: set[fx.Node], order: dict[fx.N
     return site
 
 
-def read_activation(node: fx.Node) -> Activation | None:
-    """The activation that ``node`` applies to its first argument, or None."""
+def read_activation(node: fx.Node, target: Any = None) -> Activation | None:
+    """The activation that ``node`` applies to its first argument, or None. ``target`` replaces an
+    operator that works in place."""
     if not isinstance(node.args[0] if node.args else None, fx.Node):
         return None
-    target = node.target
+    target = target or node.target
     if target is aten.hardtanh.default:
         low, high = _argument(node, 1, -1.0), _argument(node, 2, 1.0)
         return Activation("relu6") if (low, high) == (0, 6) else None

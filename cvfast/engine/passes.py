@@ -1,0 +1,162 @@
+"""Fusion on graphs: steps that a neighbour's kernel does on its way."""
+
+from __future__ import annotations
+
+from .nodes import (
+    Concat,
+    Conv,
+    Copy,
+    Elementwise,
+    GlobalPool,
+    Graph,
+    Image,
+    Node,
+    Pointwise,
+    Pool,
+)
+
+
+def fuse(graph: Graph, threads: int) -> None:
+    """Rewrite ``graph``, which computes the same thing after, for ``threads`` threads."""
+    join_activations(graph)
+    pool_before_pointwise(graph)
+    fuse_prologues(graph)
+    fuse_gates(graph)
+    read_two_sources(graph)
+    # read_contiguous_inputs(graph)
+
+
+def _remove(graph: Graph, *gone: Node) -> None:
+    graph.nodes = [node for node in graph.nodes if node not in gone]
+
+
+def _is_affine(node: Node | None) -> bool:
+    return isinstance(node, Elementwise) and node.scale is not None and node.y is None
+
+
+def join_activations(graph: Graph) -> None:
+    """An activation joins the elementwise step before it: a batch norm, a sum, a product."""
+    writers, readers = graph.writers(), graph.readers()
+    for node in list(graph.nodes):
+        if not (isinstance(node, Elementwise) and node.op == "none" and node.scale is None):
+            continue
+        before = writers.get(node.x)
+        if (
+            isinstance(before, Elementwise)
+            and before.activation == "none"
+            and graph.sole_reader(before.out, readers) is node
+        ):
+            before.activation, before.out = node.activation, node.out
+            writers[node.out] = before
+            _remove(graph, node)
+
+
+def pool_before_pointwise(graph: Graph) -> None:
+    """A 1x1 convolution followed by an average over disjoint windows is the average followed by
+    the convolution, on as many times fewer pixels: the transitions of DenseNet."""
+    writers, readers = graph.writers(), graph.readers()
+    for pool in list(graph.nodes):
+        if not (isinstance(pool, Pool) and pool.kind == "avg"):
+            continue
+        conv = writers.get(pool.x)
+        whole_windows = (
+            pool.kernel_size == pool.stride
+            and pool.padding == (0, 0)
+            and not pool.ceil_mode
+            and pool.divisor_override is None
+        )
+        if (
+            whole_windows
+            and isinstance(conv, Pointwise)
+            and conv.stride == (1, 1)
+            and conv.activation == "none"
+            and conv.residual is None
+            and conv.gate is None
+            and graph.sole_reader(conv.out, readers) is pool
+        ):
+            pooled = Image((*conv.x.shape[:2], *pool.out.shape[2:]), pool.out.dtype)
+            out = pool.out
+            pool.x, pool.out = conv.x, pooled
+            conv.x, conv.out = pooled, out
+            at, then = graph.nodes.index(conv), graph.nodes.index(pool)
+            graph.nodes[at], graph.nodes[then] = pool, conv
+
+
+def fuse_prologues(graph: Graph) -> None:
+    """A batch norm and ReLU join the kernel that alone reads them: DenseNet's pre-activation."""
+    readers = graph.readers()
+    for node in list(graph.nodes):
+        if not (isinstance(node, Elementwise) and _is_affine(node) and node.activation == "relu"):
+            continue
+        reader = graph.sole_reader(node.out, readers)
+        takes = (
+            isinstance(reader, GlobalPool)
+            or (isinstance(reader, Pool) and reader.kind == "avg")
+            or (isinstance(reader, Pointwise) and reader.gate is None)
+        )
+        if takes and reader.x is node.out and reader.scale is None:  # type: ignore[union-attr]
+            if isinstance(reader, Pointwise) and reader.residual is node.out:
+                continue
+            reader.x = node.x  # type: ignore[union-attr]
+            reader.scale, reader.shift = node.scale, node.shift  # type: ignore[union-attr]
+            _remove(graph, node)
+
+
+def fuse_gates(graph: Graph) -> None:
+    """Squeeze-excite: the product with the gate joins the 1x1 convolution that alone reads it."""
+    readers = graph.readers()
+    for node in list(graph.nodes):
+        if not (
+            isinstance(node, Elementwise)
+            and node.op == "mul"
+            and node.activation == "none"
+            and node.scale is None
+            and node.y is not None
+            and node.y.shape == (*node.x.shape[:2], 1, 1)
+        ):
+            continue
+        reader = graph.sole_reader(node.out, readers)
+        if (
+            isinstance(reader, Pointwise)
+            and reader.x is node.out
+            and reader.residual is not node.out
+            and reader.gate is None
+            and reader.scale is None
+        ):
+            reader.x, reader.gate = node.x, node.y
+            _remove(graph, node)
+
+
+def read_two_sources(graph: Graph) -> None:
+    """A concatenation of two images that one convolution reads never happens: U-Net's decoder."""
+    readers = graph.readers()
+    for node in list(graph.nodes):
+        if not (isinstance(node, Concat) and len(node.parts) == 2):
+            continue
+        reader = graph.sole_reader(node.out, readers)
+        first, second = node.parts
+        if (
+            isinstance(reader, Conv)
+            and reader.x is node.out
+            and reader.x2 is None
+            and reader.residual is not node.out
+            and first.channels % 16 == 0
+        ):
+            reader.x, reader.x2 = first, second
+            _remove(graph, node)
+
+
+def read_contiguous_inputs(graph: Graph) -> None:
+    """A convolution of few channels reads an image plane by plane itself: a network's first."""
+    writers, readers = graph.writers(), graph.readers()
+    for node in list(graph.nodes):
+        if not (isinstance(node, Conv) and node.x2 is None and node.takes_planes()):
+            continue
+        copy = writers.get(node.x)
+        if (
+            isinstance(copy, Copy)
+            and copy.x.channels == copy.out.channels
+            and graph.sole_reader(copy.out, readers) is node
+        ):
+            node.x = copy.x
+            _remove(graph, copy)

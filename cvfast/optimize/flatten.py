@@ -1,0 +1,733 @@
+"""Flatten: a lowered program, for inputs of one size, as plans of the engine.
+
+Consecutive steps that have a kernel become one plan; what has none stays a call of torch between
+two of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cvfast.engine import nodes, passes
+from cvfast.engine.nodes import Graph, Image
+from cvfast.engine.plan import Plan
+from cvfast.ops.activation import activate_
+from cvfast.ops.conv import OneDnnWeight, conv_onednn
+from cvfast.ops.elementwise import ACTIVATIONS as ELEMENTWISE_ACTIVATIONS
+from cvfast.ops.layout import channels_innermost, channels_last, restore_layout
+from cvfast.ops.pointwise import KERNEL_DTYPES
+from cvfast.ops.pointwise import prepack as prepack_pointwise
+
+from .match import read_activation
+
+aten = torch.ops.aten
+cvfast = torch.ops.cvfast
+
+
+class Unsupported(Exception):
+    """A step that the engine has no kernel for."""
+
+
+@dataclass
+class Segment:
+    """Steps that become one plan: ``inputs`` and ``outputs`` are the program's nodes that go in and
+    come out, ``images`` what they and those between are in the graph."""
+
+    graph: Graph = field(default_factory=lambda: Graph([], [], []))
+    images: dict[fx.Node, Image] = field(default_factory=dict)
+    members: list[fx.Node] = field(default_factory=list)
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A tensor that a plan takes: the node, and the strides it was planned for."""
+
+    node: fx.Node
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    def fetch(self, env: dict[fx.Node, Any]) -> Tensor:
+        value: Tensor = env[self.node]
+        if value.stride() != self.strides:
+            laid_out = torch.empty_strided(self.shape, self.strides, dtype=value.dtype)
+            value = laid_out.copy_(value)
+        return value.view(value.shape + (1, 1)) if value.dim() == 2 else value
+
+
+class PlannedCall:
+    """Runs a segment's plan in an environment of the program's values."""
+
+    def __init__(self, segment: Segment, meta: dict[fx.Node, Any], plan: Plan) -> None:
+        self.plan = plan
+        self.inputs = [_Input(n, meta[n].shape, meta[n].stride()) for n in segment.inputs]
+        self.outputs = [
+            (image.shape, image.memory_strides(), image.dtype) for image in segment.graph.outputs
+        ]
+        # Of each result, the tensor it is and its shape; several may be one tensor in other shapes.
+        self.results = [
+            (node, segment.graph.outputs.index(segment.images[node]), meta[node].shape)
+            for node in segment.outputs
+        ]
+
+    def arguments(self, env: dict[fx.Node, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        inputs = [taken.fetch(env) for taken in self.inputs]
+        return inputs, [torch.empty_strided(s, t, dtype=d) for s, t, d in self.outputs]
+
+    def store(self, env: dict[fx.Node, Any], outputs: list[Tensor]) -> None:
+        for node, index, shape in self.results:
+            env[node] = outputs[index].view(shape)
+
+    def __call__(self, env: dict[fx.Node, Any]) -> None:
+        inputs, outputs = self.arguments(env)
+        self.plan.run(inputs, outputs)
+        self.store(env, outputs)
+
+
+@dataclass(frozen=True)
+class TorchCall:
+    """An operator that the engine has no kernel for."""
+
+    node: fx.Node
+
+    def __call__(self, env: dict[fx.Node, Any]) -> None:
+        node = self.node
+        args = fx.map_arg(node.args, env.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        env[node] = node.target(*args, **kwargs)
+
+
+class Schedule:
+    """A program for inputs of one size and layout; safe to run from several threads."""
+
+    def __init__(
+        self,
+        steps: list[PlannedCall | TorchCall],
+        placeholders: list[fx.Node],
+        constants: dict[fx.Node, Any],
+        output: Any,
+    ) -> None:
+        self.steps = steps
+        self.placeholders = placeholders
+        self.constants = constants
+        self.output = output
+        self.frees = _last_uses(steps, output)
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [step.plan for step in self.steps if isinstance(step, PlannedCall)]
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        env = dict(self.constants)
+        env.update(zip(self.placeholders, flat, strict=True))
+        for step, frees in zip(self.steps, self.frees, strict=True):
+            step(env)
+            for node in frees:
+                del env[node]
+        return list(fx.map_arg(self.output, env.__getitem__))
+
+    def profile(self, flat: Sequence[Any]) -> list[dict[str, Any]]:
+        """Run, and say what each step of the plans was and took."""
+        env = dict(self.constants)
+        env.update(zip(self.placeholders, flat, strict=True))
+        rows: list[dict[str, Any]] = []
+        for step in self.steps:
+            if isinstance(step, PlannedCall):
+                inputs, outputs = step.arguments(env)
+                rows += step.plan.profile(inputs, outputs)
+                step.store(env, outputs)
+            else:
+                step(env)
+        return rows
+
+
+def _last_uses(steps: list[PlannedCall | TorchCall], output: Any) -> list[list[fx.Node]]:
+    """Of each step, the values that nothing after it reads."""
+    kept: set[fx.Node] = set()
+    fx.map_arg(output, kept.add)
+    frees: list[list[fx.Node]] = []
+    for step in reversed(steps):
+        if isinstance(step, TorchCall):
+            touched = [*step.node.all_input_nodes, step.node]
+        else:
+            touched = [i.node for i in step.inputs] + [node for node, _, _ in step.results]
+        last = [n for n in dict.fromkeys(touched) if n not in kept and n.op == "call_function"]
+        kept.update(touched)
+        frees.append(last)
+    return frees[::-1]
+
+
+def flatten(
+    module: fx.GraphModule,
+    flat: Sequence[Any],
+    threads: int,
+    names: dict[fx.Node, str],
+    packed: dict[Any, Any],
+) -> Schedule | None:
+    """The schedule of ``module`` for inputs like ``flat``, or None if no step of it has a kernel.
+
+    ``names`` names nodes in profiles; ``packed`` keeps what is packed here, for other sizes.
+    """
+    flattener = _Flattener(module, flat, names, packed)
+    return flattener.build(threads)
+
+
+class _Flattener:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        flat: Sequence[Any],
+        names: dict[fx.Node, str],
+        packed: dict[Any, Any],
+    ) -> None:
+        self.module = module
+        self.names = names
+        self.packed = packed
+        self.placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.constants: dict[fx.Node, Any] = {}
+        self.meta = self._propagate(flat)
+        self.segment = Segment()
+        self.steps: list[Segment | TorchCall] = []
+        self.padded: dict[fx.Node, tuple[fx.Node, tuple[int, int, int, int]]] = {}
+
+    def build(self, threads: int) -> Schedule | None:
+        output: Any = None
+        for node in self.module.graph.nodes:
+            if node.op == "output":
+                output = node.args[0]
+            elif node.op == "call_function" and node not in self.constants:
+                self._add(node)
+        self._close()
+        if not any(isinstance(step, Segment) for step in self.steps):
+            return None
+        self._find_outputs(output)
+        steps: list[PlannedCall | TorchCall] = []
+        for step in self.steps:
+            if isinstance(step, TorchCall):
+                steps.append(step)
+                continue
+            passes.fuse(step.graph, threads)
+            steps.append(PlannedCall(step, self.meta, Plan(step.graph, threads)))
+        return Schedule(steps, self.placeholders, self._used_constants(output), output)
+
+    def _used_constants(self, output: Any) -> dict[fx.Node, Any]:
+        used: set[fx.Node] = set()
+        fx.map_arg(output, used.add)
+        for step in self.steps:
+            if isinstance(step, TorchCall):
+                used.update(step.node.all_input_nodes)
+        return {node: value for node, value in self.constants.items() if node in used}
+
+    def _propagate(self, flat: Sequence[Any]) -> dict[fx.Node, Any]:
+        """The value of every node, tensors without memory; fills ``constants``."""
+        meta: dict[fx.Node, Any] = dict(zip(self.placeholders, map(_without_memory, flat)))
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr":
+                value = getattr(self.module, node.target)
+                self.constants[node] = value
+                meta[node] = _without_memory(value)
+            elif node.op == "call_function":
+                args = fx.map_arg(node.args, meta.__getitem__)
+                kwargs = fx.map_arg(node.kwargs, meta.__getitem__)
+                if node.target is conv_onednn:
+                    meta[node] = _onednn_result(*args)
+                else:
+                    meta[node] = node.target(*args, **kwargs)
+                if isinstance(meta[node], (int, float, bool)):
+                    self.constants[node] = meta[node]
+        return meta
+
+    def _add(self, node: fx.Node) -> None:
+        translate = _TRANSLATORS.get(node.target)
+        try:
+            split = node.target in _SPLITS
+            if translate is None or not (split or _is_plannable(self.meta[node])):
+                raise Unsupported
+            image = translate(self, node)
+        except Unsupported:
+            self._close()
+            self.steps.append(TorchCall(node))
+            return
+        if image is not None:
+            self.segment.images[node] = image
+        self.segment.members.append(node)
+
+    def _close(self) -> None:
+        segment, self.segment = self.segment, Segment()
+        if segment.graph.nodes:
+            self.steps.append(segment)
+        else:  # nothing but other names for what went in
+            self.steps += [TorchCall(node) for node in segment.members]
+
+    def _find_outputs(self, output: Any) -> None:
+        """What a segment hands out: what other segments, torch or the caller read."""
+        segments = [step for step in self.steps if isinstance(step, Segment)]
+        for segment in segments:
+            used = {image for step in segment.graph.nodes for image in step.reads()}
+            used |= {image.root()[0] for image in used}
+            pairs = zip(segment.inputs, segment.graph.inputs, strict=True)
+            kept = [(node, image) for node, image in pairs if image in used]
+            segment.inputs = [node for node, _ in kept]
+            segment.graph.inputs = [image for _, image in kept]
+        wanted: set[fx.Node] = set()
+        fx.map_arg(output, wanted.add)
+        for step in self.steps:
+            wanted.update(step.inputs if isinstance(step, Segment) else step.node.all_input_nodes)
+        for segment in segments:
+            segment.outputs = [node for node in segment.members if node in wanted]
+            for node in segment.outputs:
+                image = self._output_image(segment, node)
+                if image not in segment.graph.outputs:
+                    segment.graph.outputs.append(image)
+            for number, image in enumerate((*segment.graph.inputs, *segment.graph.outputs)):
+                image.strides = image.memory_strides()
+                image.external = number
+
+    def _output_image(self, segment: Segment, node: fx.Node) -> Image:
+        """The image of ``node`` in memory that can be handed out."""
+        image = segment.images[node]
+        own = any(step.out is image for step in segment.graph.nodes)
+        if own and image.parent is None:
+            return image
+        copy = Image(image.shape, image.dtype)
+        segment.graph.nodes.append(nodes.Copy(copy, image, name=node.name))
+        segment.images[node] = copy
+        return copy
+
+    # What translators use.
+
+    def shape(self, node: Any) -> tuple[int, ...]:
+        if not isinstance(node, fx.Node):
+            raise Unsupported
+        return tuple(self.meta[node].shape)
+
+    def image(self, node: Any) -> Image:
+        """The image of a value, which becomes an input of the segment if it is not made in it."""
+        if not isinstance(node, fx.Node) or node in self.padded:
+            raise Unsupported
+        if node not in self.segment.images:
+            value = self.meta[node]
+            if not _is_plannable(value) or node in self.constants:
+                raise Unsupported
+            strides = value.stride() if value.dim() == 4 else (*value.stride(), 1, 1)
+            image = Image(_four(value.shape), value.dtype, strides=strides)
+            self.segment.images[node] = image
+            self.segment.inputs.append(node)
+            self.segment.graph.inputs.append(image)
+        return self.segment.images[node]
+
+    def channels_last_image(self, node: Any) -> Image:
+        image = self.image(node)
+        if not image.channels_adjacent():
+            raise Unsupported
+        return image
+
+    def padded_image(
+        self, node: fx.Node, padding: Sequence[int]
+    ) -> tuple[Image, tuple[int, ...]]:
+        """A kernel's source and padding, with that of an ``aten.pad`` before it included."""
+        source, (top, left, bottom, right) = self.padded.get(node, (node, (0, 0, 0, 0)))
+        image = self.channels_last_image(source)
+        if not (top or left or bottom or right):
+            return image, tuple(padding)
+        vertical, horizontal = padding
+        all_sides = (top + vertical, left + horizontal, bottom + vertical, right + horizontal)
+        return image, all_sides
+
+    def new(self, node: fx.Node) -> Image:
+        value = self.meta[node]
+        return Image(_four(value.shape), value.dtype)
+
+    def constant(self, node: Any) -> Any:
+        if node is None:
+            return None
+        if not isinstance(node, fx.Node) or node not in self.constants:
+            raise Unsupported
+        return self.constants[node]
+
+    def pack(self, node: fx.Node, make: Callable[[], Any]) -> Any:
+        """What ``make`` packs for ``node``, once for all sizes."""
+        if node not in self.packed:
+            self.packed[node] = make()
+        return self.packed[node]
+
+    def emit(self, node: fx.Node, step: nodes.Node) -> Image:
+        step.name = self.names.get(node, node.name)
+        self.segment.graph.nodes.append(step)
+        return step.out
+
+
+def _without_memory(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_mkldnn:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _onednn_result(
+    x: Tensor, weight: OneDnnWeight, *rest: Any
+) -> Tensor:
+    del rest
+    shape = weight.output_shape(x.shape)
+    return torch.empty(shape, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _is_plannable(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in KERNEL_DTYPES
+        and value.dim() in (2, 4)
+        and value.numel() > 0
+    )
+
+
+def _four(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    n, c, h, w = (*shape, 1, 1)[:4]
+    return n, c, h, w
+
+
+_Translator = Callable[[_Flattener, fx.Node], "Image | None"]
+_TRANSLATORS: dict[Any, _Translator] = {}
+
+
+def _translates(*targets: Any) -> Callable[[_Translator], _Translator]:
+    def register(translate: _Translator) -> _Translator:
+        for target in targets:
+            _TRANSLATORS[target] = translate
+        return translate
+
+    return register
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """All arguments of an operator, defaults filled in."""
+    values = []
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = argument.default_value if argument.has_default_value() else None
+        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, default)
+        values.append(given)
+    return values
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return int(values[0]), int(values[-1])
+
+
+@_translates(cvfast.pointwise_cpu.default)
+def _pointwise(f: _Flattener, node: fx.Node) -> Image:
+    x, packed, _, stride, scale, shift, gate, residual, activation = _arguments(node)
+    if gate is not None or scale is not None or shift is not None:
+        raise Unsupported
+    image = f.channels_last_image(x)
+    added = None if residual is None else f.channels_last_image(residual)
+    step = nodes.Pointwise(
+        f.new(node), image, f.constant(packed), _pair(stride), residual=added,
+        activation=activation,
+    )  # fmt: skip
+    return f.emit(node, step)
+
+
+@_translates(cvfast.conv_cpu.default)
+def _conv(f: _Flattener, node: fx.Node) -> Image:
+    x, packed, residual, x2, kernel, _, stride, padding, dilation, activation = _arguments(node)
+    if x2 is not None:
+        raise Unsupported
+    image, sides = f.padded_image(x, padding)
+    added = None if residual is None else f.channels_last_image(residual)
+    step = nodes.Conv(
+        f.new(node), image, f.constant(packed), added, None, _pair(kernel), _pair(stride), sides,
+        _pair(dilation), activation,
+    )  # fmt: skip
+    return f.emit(node, step)
+
+
+@_translates(cvfast.depthwise_cpu.default)
+def _depthwise(f: _Flattener, node: fx.Node) -> Image:
+    x, packed, kernel, stride, padding, dilation, activation = _arguments(node)
+    image, sides = f.padded_image(x, padding)
+    step = nodes.Depthwise(
+        f.new(node), image, f.constant(packed), _pair(kernel), _pair(stride), sides,
+        _pair(dilation), activation,
+    )  # fmt: skip
+    return f.emit(node, step)
+
+
+@_translates(channels_last, channels_innermost)
+def _to_channels_last(f: _Flattener, node: fx.Node) -> Image | None:
+    source = node.args[0]
+    if source in f.padded:
+        f.padded[node] = f.padded[source]
+        return None
+    image = f.image(source)
+    if image.channels_adjacent():
+        return image
+    return f.emit(node, nodes.Copy(f.new(node), image))
+
+
+@_translates(restore_layout)
+def _restore_layout(f: _Flattener, node: fx.Node) -> Image:
+    out, x = node.args
+    image, like = f.image(out), f.meta[x]
+    if image.channels_adjacent() and image.channels > 1 and like.is_contiguous():
+        copy = f.new(node)
+        n, c, h, w = copy.shape
+        copy.strides = (c * h * w, h * w, w, 1)
+        return f.emit(node, nodes.Copy(copy, image))
+    return image
+
+
+@_translates(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(f: _Flattener, node: fx.Node) -> None:
+    x, pads = node.args[0], list(node.args[1])
+    mode, value = "constant", None
+    if node.target is aten.pad.default:
+        _, _, mode, value = _arguments(node)
+    pads = [f.constants[p] if isinstance(p, fx.Node) else p for p in pads]
+    readers = [user for user in node.users]
+    while any(user.target in (channels_last, channels_innermost) for user in readers):
+        readers = [
+            after
+            for user in readers
+            for after in (
+                user.users if user.target in (channels_last, channels_innermost) else (user,)
+            )
+        ]
+    if (
+        mode != "constant"
+        or value not in (None, 0, 0.0)
+        or len(pads) != 4
+        or min(pads) < 0
+        or not readers
+        or any(user.target not in _PADDING_KERNELS for user in readers)
+        or x in f.padded
+    ):
+        raise Unsupported
+    f.channels_last_image(x)
+    left, right, top, bottom = pads
+    f.padded[node] = (x, (top, left, bottom, right))
+
+
+_PADDING_KERNELS = {cvfast.conv_cpu.default, cvfast.depthwise_cpu.default}
+
+
+@_translates(activate_)
+def _activate(f: _Flattener, node: fx.Node) -> Image:
+    x, name, *_ = node.args
+    if name not in ELEMENTWISE_ACTIVATIONS:
+        raise Unsupported
+    return f.emit(node, nodes.Elementwise(f.new(node), f.channels_last_image(x), activation=name))
+
+
+def _activation(f: _Flattener, node: fx.Node) -> Image:
+    found = read_activation(node, _OUT_OF_PLACE.get(node.target))
+    if found is None or found.name not in ELEMENTWISE_ACTIVATIONS:
+        raise Unsupported
+    image = f.channels_last_image(node.args[0])
+    return f.emit(node, nodes.Elementwise(f.new(node), image, activation=found.name))
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    getattr(aten, f"{name}_").default: getattr(aten, name).default
+    for name in (
+        "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "silu", "clamp",
+    )
+}  # fmt: skip
+for _target in (*_OUT_OF_PLACE, *_OUT_OF_PLACE.values()):
+    _TRANSLATORS[_target] = _activation
+
+
+@_translates(aten.add.Tensor, aten.mul.Tensor, aten.add_.Tensor, aten.mul_.Tensor)
+def _binary(f: _Flattener, node: fx.Node) -> Image:
+    left, right, *alpha = _arguments(node)
+    op = "add" if "add" in str(node.target) else "mul"
+    if alpha and alpha[0] != 1:
+        raise Unsupported
+    shape = f.shape(node)
+    if len(shape) != 4 or len(f.shape(left)) != 4 or len(f.shape(right)) != 4:
+        raise Unsupported
+    if f.shape(left) != shape:
+        left, right = right, left
+    gate = (shape[0], shape[1], 1, 1)
+    if f.shape(left) != shape or f.shape(right) not in (shape, gate):
+        raise Unsupported
+    if f.meta[left].dtype != f.meta[node].dtype or f.meta[right].dtype != f.meta[node].dtype:
+        raise Unsupported
+    x, y = f.channels_last_image(left), f.channels_last_image(right)
+    return f.emit(node, nodes.Elementwise(f.new(node), x, y, op))
+
+
+@_translates(aten.cat.default)
+def _concat(f: _Flattener, node: fx.Node) -> Image:
+    parts, dim = _arguments(node)
+    shapes = [f.shape(part) for part in parts]
+    rank = len(shapes[0])
+    if dim % rank != 1 or any(len(s) != rank for s in shapes):
+        raise Unsupported
+    if any(f.meta[part].dtype != f.meta[node].dtype for part in parts):
+        raise Unsupported
+    images = [f.channels_last_image(part) for part in parts]
+    return f.emit(node, nodes.Concat(f.new(node), images))
+
+
+@_translates(aten.batch_norm.default)
+def _batch_norm(f: _Flattener, node: fx.Node) -> Image:
+    x, *constants, training, _, eps, _ = _arguments(node)
+    if training or len(f.shape(x)) != 4:
+        raise Unsupported
+    weight, bias, mean, var = (f.constant(c) for c in constants)
+    if mean is None or var is None:
+        raise Unsupported
+
+    def fold() -> tuple[Tensor, Tensor]:
+        scale = (var.double() + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight.double()
+        shift = -mean.double() * scale
+        if bias is not None:
+            shift = shift + bias.double()
+        return scale.float(), shift.float()
+
+    image = f.channels_last_image(x)
+    scale, shift = f.pack(node, fold)
+    return f.emit(node, nodes.Elementwise(f.new(node), image, scale=scale, shift=shift))
+
+
+@_translates(aten.max_pool2d.default)
+def _max_pool(f: _Flattener, node: fx.Node) -> Image:
+    x, kernel, stride, padding, dilation, ceil_mode = _arguments(node)
+    step = nodes.Pool(
+        f.new(node), f.channels_last_image(x), "max", _pair(kernel), _pair(stride or kernel),
+        _pair(padding), _pair(dilation), ceil_mode,
+    )  # fmt: skip
+    return f.emit(node, step)
+
+
+@_translates(aten.avg_pool2d.default)
+def _avg_pool(f: _Flattener, node: fx.Node) -> Image:
+    x, kernel, stride, padding, ceil_mode, count_include_pad, divisor = _arguments(node)
+    step = nodes.Pool(
+        f.new(node), f.channels_last_image(x), "avg", _pair(kernel), _pair(stride or kernel),
+        _pair(padding), ceil_mode=ceil_mode, count_include_pad=count_include_pad,
+        divisor_override=divisor,
+    )  # fmt: skip
+    return f.emit(node, step)
+
+
+@_translates(aten.adaptive_avg_pool2d.default)
+def _global_pool(f: _Flattener, node: fx.Node) -> Image:
+    if f.shape(node)[2:] != (1, 1) or len(f.shape(node)) != 4:
+        raise Unsupported
+    return f.emit(node, nodes.GlobalPool(f.new(node), f.channels_last_image(node.args[0])))
+
+
+@_translates(aten.mean.dim)
+def _mean(f: _Flattener, node: fx.Node) -> Image:
+    x, dims, _, dtype = _arguments(node)
+    if len(f.shape(x)) != 4 or dtype not in (None, f.meta[x].dtype):
+        raise Unsupported
+    if sorted(d % 4 for d in dims) != [2, 3]:
+        raise Unsupported
+    return f.emit(node, nodes.GlobalPool(f.new(node), f.channels_last_image(x)))
+
+
+@_translates(
+    aten.flatten.using_ints, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.unsqueeze.default,
+)  # fmt: skip
+def _other_name(f: _Flattener, node: fx.Node) -> Image:
+    """Shapes that differ in single pixels only."""
+    before, after = f.shape(node.args[0]), f.shape(node)
+    if len(before) not in (2, 4) or _four(before) != _four(after):
+        raise Unsupported
+    return f.channels_last_image(node.args[0])
+
+
+@_translates(aten.slice.Tensor)
+def _slice(f: _Flattener, node: fx.Node) -> Image:
+    x, dim, start, _, step = _arguments(node)
+    if dim != 1 or step != 1 or len(f.shape(x)) != 4:
+        raise Unsupported
+    begin = start or 0
+    if not isinstance(begin, int):
+        raise Unsupported
+    image = f.channels_last_image(x)
+    begin = min(max(begin + image.channels if begin < 0 else begin, 0), image.channels)
+    part = f.new(node)
+    part.parent, part.channel = image, begin
+    return part
+
+
+@_translates(aten.linear.default)
+def _linear(f: _Flattener, node: fx.Node) -> Image:
+    x, weight, bias = _arguments(node)
+    if len(f.shape(x)) != 2:
+        raise Unsupported
+    weights, biases = f.constant(weight), f.constant(bias)
+    dtype = f.meta[node].dtype
+    if weights.dtype != dtype:
+        raise Unsupported
+    image = f.channels_last_image(x)
+    packed = f.pack(node, lambda: prepack_pointwise(weights, biases, dtype=dtype))
+    return f.emit(node, nodes.Pointwise(f.new(node), image, packed))
+
+
+@_translates(aten.conv_transpose2d.input)
+def _transposed(f: _Flattener, node: fx.Node) -> Image:
+    x, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(node)
+    weights, biases = f.constant(weight), f.constant(bias)
+    dtype = f.meta[node].dtype
+    kernel = tuple(weights.shape[2:])
+    if (
+        _pair(stride) != kernel
+        or _pair(padding) != (0, 0)
+        or _pair(output_padding) != (0, 0)
+        or groups != 1
+        or prod(_pair(dilation)) != 1
+        or weights.dtype != dtype
+        or len(f.shape(node)) != 4
+    ):
+        raise Unsupported
+    image = f.channels_last_image(x)
+
+    def pack() -> list[Tensor]:
+        return [
+            prepack_pointwise(weights[:, :, r, c].t().contiguous(), biases, dtype=dtype)
+            for r in range(kernel[0])
+            for c in range(kernel[1])
+        ]
+
+    step = nodes.TransposedConv(f.new(node), image, f.pack(node, pack), kernel)
+    return f.emit(node, step)
+
+
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+
+
+@_translates(*_SPLITS)
+def _split(f: _Flattener, node: fx.Node) -> None:
+    x, _, dim = _arguments(node)
+    if dim != 1 or not _is_plannable(f.meta[x]):
+        raise Unsupported
+    if any(user.target is not operator.getitem for user in node.users):
+        raise Unsupported
+    f.channels_last_image(x)
+
+
+@_translates(operator.getitem)
+def _getitem(f: _Flattener, node: fx.Node) -> Image:
+    """A part of an image that was split along the channels."""
+    split, index = node.args
+    if not isinstance(split, fx.Node) or split.target not in _SPLITS:
+        raise Unsupported
+    part = f.new(node)
+    part.parent = f.channels_last_image(split.args[0])
+    part.channel = sum(piece.shape[1] for piece in f.meta[split][:index])
+    return part
