@@ -14,11 +14,11 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS)
 
 STABLE_ABI := -DTORCH_TARGET_VERSION=0x020b000000000000
-CXX_SOURCES = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/cpp tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH_INCLUDES = $(shell $(BIN)/python -c \
 	"from torch.utils.cpp_extension import include_paths as p; print(*('-isystem' + i for i in p()))")
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all sanitize lint format bench clean
 .DELETE_ON_ERROR:
 
 help:  ## say what there is to make
@@ -32,6 +32,9 @@ test: lint  ## lint, then the tests
 
 test-all: lint  ## lint, then all tests: also the slow ones
 	$(PYTEST) -m ''
+
+sanitize:  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(MAKE) -C tests/cpp KIND=sanitize
 
 lint: $(STAMPS)/test $(STAMPS)/build  ## formatting, types, and the C++ against the stable ABI
 	$(BIN)/ruff check .

@@ -44,7 +44,9 @@ def extension(name: str, files: list[str], device: str, libraries: list[str]) ->
     warnings = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     if os.environ.get("CVFAST_WERROR") == "1":
         warnings.append("-Werror")
-    flags = {"cxx": [*common, *warnings, "-ffp-contract=fast", "-fvisibility=hidden"]}
+    # Kernels say fma() where they mean it: the compiler would fuse one instance of a function and
+    # not the next, and results would depend on the cut into tasks.
+    flags = {"cxx": [*common, *warnings, "-ffp-contract=off", "-fvisibility=hidden"]}
     if device == "cuda":
         host = ",".join(w for w in warnings if not w.startswith("-Wno"))
         # Kernels see no header of torch's; a file is compiled for two architectures at a time. With

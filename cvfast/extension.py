@@ -112,7 +112,7 @@ def cpu_isa_levels() -> tuple[str, ...]:
 
 
 def cpu_isa() -> str:
-    """The level that the CPU kernels run on: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    """The level that the CPU kernels run on, one of `cpu_isa_levels()`."""
     return torch.ops.cvfast.cpu_isa()
 
 

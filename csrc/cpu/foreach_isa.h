@@ -1,6 +1,6 @@
 // Compiles CVFAST_KERNEL_SOURCE once per instruction-set level, each in its own namespace
-// (cvfast::portable, cvfast::avx2, cvfast::avx512; and cvfast::avx512_bf16 where
-// CVFAST_KERNEL_BF16_DOT says that the kernel uses its bfloat16 dot product).
+// (cvfast::portable; on x86 cvfast::avx2, cvfast::avx512, and cvfast::avx512_bf16 where
+// CVFAST_KERNEL_BF16_DOT says that the kernel uses its bfloat16 dot product; on ARM cvfast::neon).
 //
 // Code compiled for a high level must not leak into the baseline: an inline function of the
 // standard library instantiated under a target pragma could be the copy that the linker keeps. So
@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common/activation.h"
@@ -87,9 +89,19 @@ namespace avx512_bf16 = avx512;
 #define CVFAST_ISA_TABLE(function) \
     {portable::function, avx2::function, avx512::function, avx512_bf16::function}
 
+#elif defined(__aarch64__)
+
+#define CVFAST_ISA_NAMESPACE neon
+#include "cpu/simd_neon.h"
+#include "cpu/opaque.h"
+#include "cpu/activation.h"
+#include CVFAST_KERNEL_SOURCE
+#undef CVFAST_ISA_NAMESPACE
+
+#define CVFAST_ISA_TABLE(function) {portable::function, neon::function}
+
 #else
 
-#define CVFAST_ISA_TABLE(function) \
-    {portable::function, portable::function, portable::function, portable::function}
+#define CVFAST_ISA_TABLE(function) {portable::function}
 
 #endif

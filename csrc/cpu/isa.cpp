@@ -37,6 +37,10 @@ Isa detect() {
     return bf16 ? Isa::avx512_bf16 : Isa::avx512;
 }
 
+#elif defined(__aarch64__)
+
+Isa detect() { return Isa::neon; }
+
 #else
 
 Isa detect() { return Isa::portable; }

@@ -1,14 +1,23 @@
 // Instruction-set levels: which this machine has, and which one kernels run on.
 #pragma once
 
+#include <iterator>
 #include <string_view>
 
 namespace cvfast {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-inline constexpr int kIsaCount = 4;
-inline constexpr std::string_view kIsaNames[kIsaCount] = {"portable", "avx2", "avx512",
-                                                          "avx512_bf16"};
+// The levels of this architecture, lowest first.
+#if defined(__x86_64__)
+enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
+inline constexpr std::string_view kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+#elif defined(__aarch64__)
+enum class Isa : int { portable, neon };
+inline constexpr std::string_view kIsaNames[] = {"portable", "neon"};
+#else
+enum class Isa : int { portable };
+inline constexpr std::string_view kIsaNames[] = {"portable"};
+#endif
+inline constexpr int kIsaCount = std::size(kIsaNames);
 
 // The highest level that the CPU implements and the operating system saves the registers of;
 // every lower level is available too.

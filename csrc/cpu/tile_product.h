@@ -28,10 +28,13 @@ struct TileProduct {
 
 namespace CVFAST_ISA_NAMESPACE {
 
-// With the weights of one channel and a broadcast, a full tile fills the registers.
-inline constexpr int kTilePanels = kVectors >= 32 ? 2 : 1;
-inline constexpr int kTilePixels = kVectors >= 32 ? 14 : kLanes == 8 ? 6 : 2;
+// A tile has at least two vectors of channels. With the weights of one input channel and a
+// broadcast, a full tile fills the registers: 14 pixels at avx512, 6 at avx2 and neon, 2 at
+// portable.
 inline constexpr int kPanelVectors = kConvPanel / kLanes;
+inline constexpr int kTilePanels = kPanelVectors == 1 ? 2 : 1;
+inline constexpr int kTileVectors = kTilePanels * kPanelVectors;
+inline constexpr int kTilePixels = (kVectors - kTileVectors - 1) / kTileVectors;
 
 // Adds the products of one channel: one element of each pixel times one row of each panel.
 template <int kGroups, int kPixels, int V>

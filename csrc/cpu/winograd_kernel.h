@@ -75,14 +75,12 @@ struct F4 {
         const Vec product = set1(aa * bb), sum = set1(-(aa + bb));
         v[0] = fma(product, d[0], fma(sum, d[2], d[4]));
         v[5] = fma(product, d[1], fma(sum, d[3], d[5]));
-        const Vec even_a = fma(set1(-bb), d[2], d[4]);
-        const Vec odd_a = mul(set1(a), fma(set1(-bb), d[1], d[3]));
-        const Vec even_b = fma(set1(-aa), d[2], d[4]);
-        const Vec odd_b = mul(set1(b), fma(set1(-aa), d[1], d[3]));
-        v[1] = add(even_a, odd_a);
-        v[2] = sub(even_a, odd_a);
-        v[3] = add(even_b, odd_b);
-        v[4] = sub(even_b, odd_b);
+        const Vec even_a = fma(set1(-bb), d[2], d[4]), odd_a = fma(set1(-bb), d[1], d[3]);
+        const Vec even_b = fma(set1(-aa), d[2], d[4]), odd_b = fma(set1(-aa), d[1], d[3]);
+        v[1] = fma(set1(a), odd_a, even_a);
+        v[2] = fma(set1(-a), odd_a, even_a);
+        v[3] = fma(set1(b), odd_b, even_b);
+        v[4] = fma(set1(-b), odd_b, even_b);
     }
     static CVFAST_INLINE void output(const Vec (&m)[kIn], Vec (&y)[kOut]) {
         const Vec even_a = add(m[1], m[2]), odd_a = mul(set1(a), sub(m[1], m[2]));

@@ -1,0 +1,163 @@
+#include "cpu/conv.h"
+
+#include "check.h"
+
+namespace cvfast::check {
+namespace {
+
+using Matrix = std::vector<std::vector<double>>;
+
+// G of the kernel's transform G g G^T, for the points that winograd_kernel.h names.
+Matrix kernel_transform(ConvAlgorithm algorithm) {
+    if (algorithm == ConvAlgorithm::winograd_f2) {
+        return {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+    }
+    const double a = 0.625, b = 1.5, aa = a * a, bb = b * b;
+    const double at_a = 2 * aa * (aa - bb), at_b = 2 * bb * (bb - aa);
+    return {{1 / (aa * bb), 0, 0},
+            {1 / at_a, a / at_a, aa / at_a},
+            {1 / at_a, -a / at_a, aa / at_a},
+            {1 / at_b, b / at_b, bb / at_b},
+            {1 / at_b, -b / at_b, bb / at_b},
+            {0, 0, 1}};
+}
+
+struct Weights {
+    const ConvShape& s;
+    std::vector<float> bias, values;  // [out_channels], [out_channels][kernel_h][kernel_w][in]
+
+    double at(int64_t o, int64_t tap, int64_t c) const {
+        return values[(o * s.kernel_h * s.kernel_w + tap) * s.in_channels + c];
+    }
+};
+
+// The layout that conv.h describes.
+std::vector<float> pack(const Weights& w) {
+    const ConvShape& s = w.s;
+    Matrix g;
+    int64_t taps = s.kernel_h * s.kernel_w, side = 0;
+    if (s.algorithm != ConvAlgorithm::direct) {
+        g = kernel_transform(s.algorithm);
+        side = static_cast<int64_t>(g.size());
+        taps = side * side;
+    }
+    const auto entry = [&](int64_t o, int64_t tap, int64_t c) {
+        if (side == 0) return w.at(o, tap, c);
+        double sum = 0;
+        for (int64_t r = 0; r < 3; ++r) {
+            for (int64_t k = 0; k < 3; ++k) {
+                sum += g[tap / side][r] * g[tap % side][k] * w.at(o, 3 * r + k, c);
+            }
+        }
+        return sum;
+    };
+    std::vector<float> packed;
+    for (int64_t o = 0; o < s.out_channels; o += kConvPanel) {
+        for (int64_t row = 0; row <= taps * s.in_channels; ++row) {
+            for (int64_t lane = o; lane < o + kConvPanel; ++lane) {
+                const int64_t tap = row / s.in_channels, c = row % s.in_channels;
+                packed.push_back(lane >= s.out_channels ? 0.f
+                                 : tap == taps          ? w.bias[lane]
+                                                        : float(entry(lane, tap, c)));
+            }
+        }
+    }
+    return packed;
+}
+
+template <class T>
+void check(Test& test) {
+    Random& random = test.random;
+    ConvShape s{};
+    s.batch = random.in(1, 3), s.height = random.in(1, 12), s.width = random.in(1, 33);
+    s.x_channels = random.channels(40), s.out_channels = random.channels(70);
+    s.kernel_h = random.in(1, 5), s.kernel_w = random.in(1, 5);
+    s.stride_h = random.in(1, 3), s.stride_w = random.in(1, 3);
+    s.dilation_h = random.one_in(3) ? 2 : 1, s.dilation_w = random.one_in(3) ? 2 : 1;
+    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, 2));
+    if (s.algorithm != ConvAlgorithm::direct) {
+        s.kernel_h = s.kernel_w = 3;
+        s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    }
+    if (random.one_in(12)) {  // rows long enough to be cut
+        s.batch = 1, s.height = random.in(1, 3), s.width = random.in(57, 130);
+        s.x_channels = random.channels(300), s.out_channels = random.in(1, 5);
+    }
+    s.in_channels = s.x_channels;
+    const bool two = random.one_in(3);
+    if (two) {
+        s.x_channels = (s.x_channels + 15) / 16 * 16;
+        s.in_channels = s.x_channels + random.channels(40);
+    }
+    s.activation = random.activation();
+    const int64_t extent_h = s.dilation_h * (s.kernel_h - 1) + 1;
+    const int64_t extent_w = s.dilation_w * (s.kernel_w - 1) + 1;
+    s.pad_top = random.in(0, extent_h), s.pad_left = random.in(0, extent_w);
+    s.out_height = positions(s.height, s.pad_top, extent_h, s.dilation_h, s.kernel_h, s.stride_h);
+    s.out_width = positions(s.width, s.pad_left, extent_w, s.dilation_w, s.kernel_w, s.stride_w);
+
+    Image<T> x({s.batch, s.height, s.width, s.x_channels}, random);
+    Image<T> x2({s.batch, s.height, s.width, two ? s.in_channels - s.x_channels : 1}, random);
+    const Size out_size{s.batch, s.out_height, s.out_width, s.out_channels};
+    Image<T> residual(out_size, random), out(out_size, random);
+    s.x = {x.image, x.row, x.pixel}, s.x2 = {x2.image, x2.row, x2.pixel};
+    s.residual = {residual.image, residual.row, residual.pixel};
+    s.out = {out.image, out.row, out.pixel};
+    const bool special = random.one_in(4);
+    x.fill(random, special), x2.fill(random, special), residual.fill(random, special);
+
+    Weights w{s, {}, {}};
+    for (int64_t i = 0; i < s.out_channels; ++i) w.bias.push_back(element<float>(random, false));
+    for (int64_t i = 0; i < s.out_channels * s.kernel_h * s.kernel_w * s.in_channels; ++i) {
+        w.values.push_back(element<float>(random, false));
+    }
+    const std::vector<float> panels = pack(w);
+    Array<float> packed(static_cast<int64_t>(panels.size()), random);
+    std::copy(panels.begin(), panels.end(), packed.data());
+
+    const ConvOperands<T> o{x.data(), two ? x2.data() : nullptr, packed.data(),
+                            random.one_in(2) ? residual.data() : nullptr, out.data()};
+    constexpr const char* kNames[] = {"direct", "F2", "F4"};
+    test.describe(text(kNames[static_cast<int>(s.algorithm)], ", batch ", s.batch, ", ", s.height,
+                       "x", s.width, " to ", s.out_height, "x", s.out_width, ", channels ",
+                       s.x_channels, "+", s.in_channels - s.x_channels, " to ", s.out_channels,
+                       ", kernel ", s.kernel_h, "x", s.kernel_w, ", stride ", s.stride_h, ",",
+                       s.stride_w, ", dilation ", s.dilation_h, ",", s.dilation_w, ", pad ",
+                       s.pad_top, ",", s.pad_left, o.residual ? ", residual" : ""));
+
+    std::vector<Sum> sums;
+    out.for_elements([&](int64_t n, int64_t y, int64_t column, int64_t channel) {
+        Sum sum;
+        sum.add(w.bias[channel]);
+        if (o.residual) sum.add(to_float(residual.at(n, y, column, channel)));
+        for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap) {
+            const int64_t iy = y * s.stride_h - s.pad_top + tap / s.kernel_w * s.dilation_h;
+            const int64_t ix = column * s.stride_w - s.pad_left + tap % s.kernel_w * s.dilation_w;
+            if (iy < 0 || iy >= s.height || ix < 0 || ix >= s.width) continue;
+            for (int64_t c = 0; c < s.in_channels; ++c) {
+                const T v =
+                    c < s.x_channels ? x.at(n, iy, ix, c) : x2.at(n, iy, ix, c - s.x_channels);
+                sum.add(to_float(v) * w.at(channel, tap, c));
+            }
+        }
+        sums.push_back(sum);
+    });
+    // A transform mixes the pixels of a tile, and so their errors.
+    double roundings = 16;
+    if (s.algorithm != ConvAlgorithm::direct) {
+        roundings = s.algorithm == ConvAlgorithm::winograd_f2 ? 16 : 64;
+        double most = 0;
+        for (const Sum& sum : sums) {
+            if (std::isfinite(sum.magnitude)) most = std::max(most, sum.magnitude);
+        }
+        for (Sum& sum : sums) sum.magnitude = most;
+    }
+    std::vector<Expected> expected;
+    for (const Sum& sum : sums) expected.push_back(sum.expect(roundings, s.activation));
+    test.check(s, o, out, expected);
+}
+
+const Column column{"conv", check<float>, check<BFloat16>, check<Half>};
+
+}  // namespace
+}  // namespace cvfast::check
