@@ -61,7 +61,8 @@ struct PointwiseTile {
     const char* a;        // the first pixel
     int64_t a_pixel;      // bytes
     int64_t words;        // of each pixel, to be multiplied
-    const float* panels;  // lane 0 of the first vector's bias, or of the row before the segment's
+    const float* bias;    // lane 0 of the first vector's
+    const float* panels;  // the same of the row before the segment's
     int64_t panel;        // floats from panel to panel
     float* segment_sums;  // what earlier segments leave to later ones
     bool first_segment, last_segment;
@@ -98,12 +99,8 @@ void pointwise_tile(const PointwiseTile<A, T>& t) {
     const float* panels = t.panels;
     const int64_t panel = t.panel;
     Vec weights[V], sums[kRows][V];
-    load_weights(weights, panels, panel);  // the bias
-    if (!t.first_segment) {
-        CVFAST_UNROLL for (int v = 0; v < V; ++v) weights[v] = set1(0.f);
-    }
     CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
-        CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = weights[v];
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = set1(0.f);
     }
     // One pointer serves five pixels: x86 adds 1, 2 or 4 times an index for free.
     constexpr int kPointers = (kRows + 4) / 5;
@@ -145,6 +142,11 @@ void pointwise_tile(const PointwiseTile<A, T>& t) {
             }
         }
         return;
+    }
+    // Last: a sum that began at a large bias would lose the digits of small products.
+    load_weights(weights, t.bias, panel);
+    CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = add(sums[r][v], weights[v]);
     }
     if constexpr (kWords == 2) {
         CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -212,6 +214,7 @@ void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int
     const int64_t height = block.rows / tiles, higher = block.rows % tiles;
     const char* a = t.a;
     const float* panels = t.panels;
+    t.bias = panels;
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t rows = height + (tile < higher);
         for (int64_t word = 0; word < words; word += block.segment) {

@@ -289,6 +289,18 @@ def test_few_pixels_are_summed_as_well_as_pytorch_does(channels: int, pixels: in
     check(Case(channels=channels, out=1000, size=(1, pixels)))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("channels", [24, 160, 577])
+def test_a_large_bias_costs_small_products_no_digits(channels: int, level: str) -> None:
+    case = Case(channels=channels, out=40)
+    x, *others = case.tensors()
+    assert x is not None
+    tensors = (0.01 * x, *others)
+    with isa(level):
+        y = case.kernel_result(*tensors)
+    assert_close_to_float64(y, case.reference, *tensors)
+
+
 # Layouts and backends
 
 
