@@ -70,7 +70,7 @@ def lifetimes(graph: Graph) -> list[Lifetime]:
     first: dict[Image, int] = {}
     last: dict[Image, int] = {}
     for step, node in enumerate(graph.nodes):
-        for image in (*node.reads(), node.out):
+        for image in (*node.reads(), *node.writes()):
             root = image.root()[0]
             first.setdefault(root, step)
             last[root] = step

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cvfast.ops import conv, depthwise, elementwise, pointwise, pool
 
-__all__ = ["conv", "depthwise", "elementwise", "pointwise", "pool"]  # which define the operators
+# These define the operators.
+__all__ = ["conv", "depthwise", "elementwise", "pointwise", "pool"]
 
 ops = torch.ops.cvfast
 
@@ -81,16 +82,8 @@ class Node:
         values = (getattr(self, f.name) for f in fields(self) if f.name != "out")
         return [v for v in values if isinstance(v, Image)]
 
-    def replace(self, old: Image, new: Image) -> None:
-        """Read ``new`` where ``old`` was read."""
-        for f in fields(self):
-            if f.name != "out" and getattr(self, f.name) is old:
-                setattr(self, f.name, new)
-
-    def constants(self) -> list[Tensor]:
-        """Packed weights, which have to live as long as the plan."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return [v for v in values if isinstance(v, Tensor)]
+    def writes(self) -> list[Image]:
+        return [self.out]
 
     def flops(self) -> int:
         return 0
@@ -192,9 +185,6 @@ class TransposedConv(Node):
     taps: list[Tensor]
     kernel_size: tuple[int, int]
 
-    def constants(self) -> list[Tensor]:
-        return self.taps
-
     def flops(self) -> int:
         return 2 * prod(self.out.shape) * self.x.channels
 
@@ -283,36 +273,53 @@ class Concat(Node):
     def reads(self) -> list[Image]:
         return list(self.parts)
 
-    def replace(self, old: Image, new: Image) -> None:
-        self.parts = [new if part is old else part for part in self.parts]
-
     def record(self, tensor: Tensors) -> None:
         del tensor
 
 
 @dataclass(eq=False)
 class InvertedResidual(Node):
-    """``cvfast::inverted_residual_cpu``."""
+    """``cvfast::inverted_residual_cpu``. Without ``project``, as in blocks with squeeze-excite, the
+    kernel stops behind the depthwise convolution and writes the ``means`` of its rows as well."""
 
     x: Image
     expand: Tensor | None
     depthwise: Tensor
-    project: Tensor
+    project: Tensor | None
     residual: Image | None
+    hidden: int
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, ...]
     activations: tuple[str, str, str]
-    hidden: int
+    means: Image | None = None
+
+    def reads(self) -> list[Image]:
+        return [self.x, *([self.residual] if self.residual is not None else [])]
+
+    def writes(self) -> list[Image]:
+        return [self.out, *([self.means] if self.means is not None else [])]
 
     def flops(self) -> int:
-        n, _, h, w = self.x.shape
-        expand = n * h * w * self.x.channels * self.hidden if self.expand is not None else 0
-        out = prod(self.out.shape) // self.out.channels
-        return 2 * (expand + out * self.hidden * (prod(self.kernel_size) + self.out.channels))
+        n, c, h, w = self.x.shape
+        pixels = prod(self.out.shape) // self.out.channels
+        expand = n * h * w * c if self.expand is not None else 0
+        project = pixels * self.out.channels if self.project is not None else 0
+        return 2 * self.hidden * (expand + pixels * prod(self.kernel_size) + project)
 
     def record(self, tensor: Tensors) -> None:
-        raise NotImplementedError
+        geometry = (self.hidden, self.kernel_size, self.stride, self.padding)
+        if self.project is None:
+            assert self.means is not None
+            ops.inverted_residual_squeeze_cpu.out(
+                tensor(self.x), self.expand, self.depthwise, *geometry, *self.activations[:2],
+                out=tensor(self.out), row_means=tensor(self.means),
+            )  # fmt: skip
+            return
+        ops.inverted_residual_cpu.out(
+            tensor(self.x), self.expand, self.depthwise, self.project,
+            _optional(self.residual, tensor), *geometry, *self.activations, out=tensor(self.out),
+        )  # fmt: skip
 
 
 @dataclass
@@ -331,7 +338,7 @@ class Graph:
         return found
 
     def writers(self) -> dict[Image, Node]:
-        return {node.out: node for node in self.nodes}
+        return {image: node for node in self.nodes for image in node.writes()}
 
     def sole_reader(self, image: Image, readers: dict[Image, list[Node]]) -> Node | None:
         """The one node that reads ``image``, if it is no output either."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+
 from .nodes import (
     Concat,
     Conv,
     Copy,
+    Depthwise,
     Elementwise,
     GlobalPool,
     Graph,
     Image,
+    InvertedResidual,
     Node,
     Pointwise,
     Pool,
@@ -22,6 +25,7 @@ def fuse(graph: Graph, threads: int) -> None:
     pool_before_pointwise(graph)
     fuse_prologues(graph)
     fuse_gates(graph)
+    # fuse_inverted_residuals(graph, threads)
     read_two_sources(graph)
     # read_contiguous_inputs(graph)
 
@@ -125,6 +129,72 @@ def fuse_gates(graph: Graph) -> None:
         ):
             reader.x, reader.gate = node.x, node.y
             _remove(graph, node)
+
+
+def _plain_pointwise(node: Node | None) -> bool:
+    """A 1x1 convolution that a block can take over: of all pixels, with nothing before it."""
+    return (
+        isinstance(node, Pointwise)
+        and node.stride == (1, 1)
+        and node.scale is None
+        and node.gate is None
+    )
+
+
+def fuse_inverted_residuals(graph: Graph, threads: int) -> None:
+    """Expansion, depthwise convolution and projection become one call where that wins."""
+    writers, readers = graph.writers(), graph.readers()
+    for middle in list(graph.nodes):
+        if not isinstance(middle, Depthwise) or middle.out.channels != middle.x.channels:
+            continue
+        if middle.dilation != (1, 1):
+            continue
+        expand = writers.get(middle.x)
+        if (
+            not isinstance(expand, Pointwise)
+            or not _plain_pointwise(expand)
+            or expand.residual is not None
+            or graph.sole_reader(expand.out, readers) is not middle
+        ):
+            expand = None
+        after = readers.get(middle.out, [])
+        x = middle.x if expand is None else expand.x
+        block = InvertedResidual(
+            middle.out, x, None if expand is None else expand.packed, middle.packed, None, None,
+            middle.x.channels, middle.kernel_size, middle.stride, middle.padding,
+            ("none" if expand is None else expand.activation, middle.activation, "none"),
+            name=middle.name,
+        )  # fmt: skip
+        project = graph.sole_reader(middle.out, readers)
+        if (
+            isinstance(project, Pointwise)
+            and _plain_pointwise(project)
+            and project.residual is not middle.out
+        ):
+            block.out, block.project, block.residual = (
+                project.out, project.packed, project.residual
+            )  # fmt: skip
+            block.activations = (*block.activations[:2], project.activation)
+            if _fuses(block, threads):
+                graph.nodes[graph.nodes.index(project)] = writers[block.out] = block
+                _remove(graph, middle, *([expand] if expand else []))
+            continue
+        pools = [node for node in after if isinstance(node, GlobalPool) and node.scale is None]
+        if expand is not None and len(pools) == 1 and middle.out not in graph.outputs:
+            n, c, h, _ = middle.out.shape
+            block.means = Image((n, c, h, 1), middle.out.dtype)
+            if _fuses(block, threads):
+                pools[0].x = block.means
+                graph.nodes[graph.nodes.index(middle)] = block
+                _remove(graph, expand)
+
+
+def _fuses(block: InvertedResidual, threads: int) -> bool:
+    return fuses(
+        block.x.shape, block.hidden, block.out.channels if block.project is not None else None,
+        kernel_size=block.kernel_size, stride=block.stride, expands=block.expand is not None,
+        dtype=block.x.dtype, threads=threads,
+    )  # fmt: skip
 
 
 def read_two_sources(graph: Graph) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .module import OptimizedModule
     from .options import FilterFn
     from .planner import Plan, plan
+    from .profiling import Step, profile
     from .report import REASONS, Report, Row
     from .verify import Verification, VerificationError
 
@@ -25,10 +26,12 @@ __all__ = [
     "Plan",
     "Report",
     "Row",
+    "Step",
     "Verification",
     "VerificationError",
     "optimize",
     "plan",
+    "profile",
 ]
 
 _HOMES = {
@@ -36,8 +39,10 @@ _HOMES = {
     "Plan": "planner",
     "REASONS": "report",
     "plan": "planner",
+    "profile": "profiling",
     "Report": "report",
     "Row": "report",
+    "Step": "profiling",
     "Verification": "verify",
     "VerificationError": "verify",
 }

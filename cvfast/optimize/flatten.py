@@ -26,6 +26,7 @@ from cvfast.ops.pointwise import KERNEL_DTYPES
 from cvfast.ops.pointwise import prepack as prepack_pointwise
 
 from .match import read_activation
+from .report import Execution
 
 aten = torch.ops.aten
 cvfast = torch.ops.cvfast
@@ -134,6 +135,17 @@ class Schedule:
             for node in frees:
                 del env[node]
         return list(fx.map_arg(self.output, env.__getitem__))
+
+    def describe(self) -> Execution:
+        plans = self.plans
+        return Execution(
+            plans=len(plans),
+            steps=sum(len(plan.graph.nodes) for plan in plans),
+            torch_calls=len(self.steps) - len(plans),
+            arena_bytes=sum(plan.arena_bytes for plan in plans),
+            scratch_bytes=sum(plan.scratch_bytes for plan in plans),
+            bytes_copied=sum(plan.bytes_copied for plan in plans),
+        )
 
     def profile(self, flat: Sequence[Any]) -> list[dict[str, Any]]:
         """Run, and say what each step of the plans was and took."""
@@ -331,9 +343,7 @@ class _Flattener:
             raise Unsupported
         return image
 
-    def padded_image(
-        self, node: fx.Node, padding: Sequence[int]
-    ) -> tuple[Image, tuple[int, ...]]:
+    def padded_image(self, node: fx.Node, padding: Sequence[int]) -> tuple[Image, tuple[int, ...]]:
         """A kernel's source and padding, with that of an ``aten.pad`` before it included."""
         source, (top, left, bottom, right) = self.padded.get(node, (node, (0, 0, 0, 0)))
         image = self.channels_last_image(source)
@@ -372,9 +382,7 @@ def _without_memory(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def _onednn_result(
-    x: Tensor, weight: OneDnnWeight, *rest: Any
-) -> Tensor:
+def _onednn_result(x: Tensor, weight: OneDnnWeight, *rest: Any) -> Tensor:
     del rest
     shape = weight.output_shape(x.shape)
     return torch.empty(shape, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
@@ -412,7 +420,9 @@ def _arguments(node: fx.Node) -> list[Any]:
     values = []
     for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         default = argument.default_value if argument.has_default_value() else None
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, default)
+        given = (
+            node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, default)
+        )
         values.append(given)
     return values
 

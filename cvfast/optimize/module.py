@@ -338,6 +338,8 @@ class OptimizedModule(nn.Module):
         program = runner.programs[0]
         flat = pytree.tree_leaves(_cast((args, kwargs), self._options.dtype))
         report.layout_copies = program.count_layout_copies(flat)
+        schedule = program.schedule(flat) if program.planned else None
+        report.execution = schedule.describe() if schedule is not None else None
         disagrees = verification is not None and not verification.ok
         if self._options.verify == "layers" or disagrees:
             try:

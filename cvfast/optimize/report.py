@@ -65,18 +65,44 @@ class Row:
     gain: float | None = None
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How one size of inputs runs on the CPU: ``plans`` of ``steps`` kernel calls in all, with
+    ``torch_calls`` operators between them that have no kernel. Bytes: of the arenas, of the
+    kernels' scratch memory, and what is copied for want of a better place in one run."""
+
+    plans: int
+    steps: int
+    torch_calls: int
+    arena_bytes: int
+    scratch_bytes: int
+    bytes_copied: int
+
+    def __str__(self) -> str:
+        def count(number: int, name: str) -> str:
+            return f"{number} {name}{'' if number == 1 else 's'}"
+
+        return (
+            f"{count(self.plans, 'plan')} of {count(self.steps, 'step')}, "
+            f"{count(self.torch_calls, 'call')} of torch; arena {self.arena_bytes / 1e6:.1f} MB, "
+            f"scratch {self.scratch_bytes / 1e6:.1f} MB, {self.bytes_copied} bytes copied"
+        )
+
+
 @dataclass
 class Report:
     """What :func:`cvfast.optimize` did.
 
     ``rows``: a row per site. ``verification``: outcome of the comparison with the original, or None
-    if there was none yet. ``layout_copies``: conversions between memory formats in one run.
+    if there was none yet. ``execution``: the plans of the CPU engine, if it runs.
+    ``layout_copies``: conversions between memory formats in one run, operator by operator.
     ``seconds``: what capture, lowering and verification took. ``notes``: what else to know.
     """
 
     model: str
     rows: list[Row] = field(default_factory=list)
     verification: Any = None
+    execution: Execution | None = None
     layout_copies: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -108,6 +134,7 @@ class Report:
             "model": self.model,
             "coverage": self.coverage,
             "verification": verification,
+            "execution": asdict(self.execution) if self.execution is not None else None,
             "layout_copies": self.layout_copies,
             "seconds": self.seconds,
             "notes": list(self.notes),
@@ -150,6 +177,7 @@ class Report:
             for row in table
         ]
         lines += [f"note: {note}" for note in self.notes]
+        lines += [str(self.execution)] if self.execution is not None else []
         lines += [f"{self.layout_copies} layout copies in a run", self.summary()]
         return "\n".join(lines)
 
