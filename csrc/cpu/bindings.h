@@ -48,6 +48,23 @@ inline int64_t positions(int64_t size, int64_t pad, int64_t dilation, int64_t ke
     return free < 0 ? 0 : free / stride + 1;
 }
 
+struct Padding {
+    int64_t top, left, bottom, right;
+};
+
+// `padding` holds two numbers, vertical and horizontal, or four: top, left, bottom, right.
+inline Padding parse_padding(const char* op, const std::vector<int64_t>& padding) {
+    const std::size_t count = padding.size();
+    STD_TORCH_CHECK(count == 2 || count == 4, "cvfast::", op,
+                    ": padding takes two numbers (vertical, horizontal) or four (top, left, "
+                    "bottom, right), got ",
+                    count);
+    for (const int64_t pad : padding) {
+        STD_TORCH_CHECK(pad >= 0, "cvfast::", op, ": padding must not be negative, got ", pad);
+    }
+    return {padding[0], padding[1], padding[count - 2], padding[count - 1]};
+}
+
 inline bool channels_adjacent(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1; }
 
 // An image operand of `op`, of x's dtype and of this size.

@@ -16,21 +16,21 @@ DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& packed,
     STD_TORCH_CHECK(channels_adjacent(x),
                     "cvfast::depthwise_cpu: x must be channels-last (stride 1 along C); use "
                     "x.contiguous(memory_format=torch.channels_last)");
-    STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
-                        dilation.size() == 2,
-                    "cvfast::depthwise_cpu: kernel_size, stride, padding and dilation take "
-                    "two numbers each");
+    STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && dilation.size() == 2,
+                    "cvfast::depthwise_cpu: kernel_size, stride and dilation take two numbers "
+                    "each");
     for (int i = 0; i < 2; ++i) {
-        STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
-                        "cvfast::depthwise_cpu: kernel_size, stride and dilation must be positive, "
-                        "padding not negative");
+        STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0,
+                        "cvfast::depthwise_cpu: kernel_size, stride and dilation must be "
+                        "positive");
     }
+    const Padding pad = parse_padding("depthwise_cpu", padding);
     DepthwiseShape s{};
     s.batch = x.size(0), s.channels = x.size(1), s.height = x.size(2), s.width = x.size(3);
     s.x_image = x.stride(0), s.x_row = x.stride(2), s.x_pixel = x.stride(3);
     s.kernel_h = kernel_size[0], s.kernel_w = kernel_size[1];
     s.stride_h = stride[0], s.stride_w = stride[1];
-    s.pad_top = padding[0], s.pad_left = padding[1];
+    s.pad_top = pad.top, s.pad_left = pad.left;
     s.dilation_h = dilation[0], s.dilation_w = dilation[1];
     s.activation = parse_activation(activation);
     s.multiplier = packed.dim() == 4 ? packed.size(0) : 0;
@@ -43,8 +43,10 @@ DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& packed,
                     "cvfast::depthwise_cpu: packed does not come from prepack() for a ", s.kernel_h,
                     "x", s.kernel_w, " kernel over ", s.channels, " channels");
 
-    s.out_height = positions(s.height, s.pad_top, s.dilation_h, s.kernel_h, s.stride_h);
-    s.out_width = positions(s.width, s.pad_left, s.dilation_w, s.kernel_w, s.stride_w);
+    s.out_height =
+        positions(s.height + pad.top + pad.bottom, 0, s.dilation_h, s.kernel_h, s.stride_h);
+    s.out_width =
+        positions(s.width + pad.left + pad.right, 0, s.dilation_w, s.kernel_w, s.stride_w);
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
                     "cvfast::depthwise_cpu: the kernel is larger than the padded image ", s.height,
                     "x", s.width);

@@ -70,8 +70,7 @@ void depthwise_tile(const Tile<T>& tile, const float* packed, int64_t c, int n) 
     Vec acc[V][kTile];
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
         w[v] = weights_at(s, packed, c + v * kLanes);
-        const Vec bias = load(w[v] + s.kernel_h * taps_w * kDepthwisePanel);
-        CVFAST_UNROLL for (int o = 0; o < kTile; ++o) acc[v][o] = bias;
+        CVFAST_UNROLL for (int o = 0; o < kTile; ++o) acc[v][o] = set1(0.f);
         w[v] += tile.tap_begin * taps_w * kDepthwisePanel;
     }
     const T* row = tile.x + c;
@@ -119,6 +118,11 @@ void depthwise_tile(const Tile<T>& tile, const float* packed, int64_t c, int n) 
             }
         }
         row += s.dilation_h * s.x_row;
+    }
+    // The bias comes last: sums that started at a large one would round each product at its size.
+    CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        const Vec bias = load(w[v] + (s.kernel_h - tile.tap_end) * taps_w * kDepthwisePanel);
+        CVFAST_UNROLL for (int o = 0; o < kTile; ++o) acc[v][o] = add(acc[v][o], bias);
     }
     activate_all(acc, s.activation);
     T* out = tile.out + c * s.multiplier;

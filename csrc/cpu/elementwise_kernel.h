@@ -17,13 +17,13 @@ struct ElementwiseBlock {
 
 namespace CVFAST_ISA_NAMESPACE {
 
-// e^x to 1 ulp for results within the normal numbers, which is where they are held; above,
-// infinity.
+// e^x to 1 ulp; infinity above float's range, 0 below that of its normal numbers.
 CVFAST_INLINE Vec exponential(Vec x) {
-    x = min_keep_nan(max_keep_nan(x, -87.3f), 88.8f);
-    // Adding 1.5 * 2^23 leaves the integer nearest to x / ln 2 in the low bits.
-    const Vec magic = set1(0x1.8p23f);
-    const Vec shifted = add(mul(x, set1(0x1.715476p+0f)), magic);
+    x = min_keep_nan(max_keep_nan(x, -87.3f), 89.f);
+    // Adding 1.5 * 2^23 - 1 leaves the low bits with n - 1, n the integer nearest to x / ln 2; and
+    // 2^(n - 1) is finite where e^x is.
+    const Vec magic = set1(0x1.8p23f - 1.f);
+    const Vec shifted = fma(x, set1(0x1.715476p+0f), magic);
     const Vec n = sub(shifted, magic);
     // ln 2 in two parts, the first of so few bits that its products with n are exact.
     const Vec r = fma(n, set1(0x1.bd0106p-13f), fma(n, set1(-0x1.63p-1f), x));
@@ -33,8 +33,8 @@ CVFAST_INLINE Vec exponential(Vec x) {
     p = fma(p, r, set1(0.041668393f));
     p = fma(p, r, set1(0.1666652f));
     p = fma(p, r, set1(0.49999994f));
-    p = add(set1(1.f), fma(mul(r, r), p, r));
-    return mul(p, pow2(shifted));
+    p = fma(mul(r, r), p, r);
+    return mul(fma(p, set1(2.f), set1(2.f)), pow2(shifted));
 }
 
 CVFAST_INLINE Vec one_plus_exp_minus(Vec x) {

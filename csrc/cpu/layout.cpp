@@ -173,6 +173,7 @@ CopyLayoutPlan make_plan(const CopyLayoutShape& s, const CopyLayoutOperands<T>&,
 template <class T>
 void run_tasks(const CopyLayoutShape&, const CopyLayoutOperands<T>& o, const CopyLayoutPlan& p,
                int64_t begin, int64_t end, void*) {
+    if (begin == end) return;
     const int64_t row_blocks = ceil_div(p.rows.size, p.block_rows);
     const int64_t column_blocks = ceil_div(p.columns.size, p.block_columns);
     for (int64_t task = begin; task < end; ++task) {

@@ -219,9 +219,14 @@ def output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, int]:
-    """(H', W') of a convolution over an image of `size` (H, W)."""
+    """(H', W') of a convolution over an image of `size` (H, W).
+
+    `padding` is (vertical, horizontal) or, as `cvfast::depthwise_cpu` takes it too, (top, left,
+    bottom, right).
+    """
+    before, after = padding[:2], padding[-2:]
     h, w = (
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        (size[i] + before[i] + after[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     )
     return h, w

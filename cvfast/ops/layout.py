@@ -1,8 +1,8 @@
 """Memory layouts: image kernels take channels-last (NHWC) memory under a logical NCHW shape.
 
-`cvfast::copy_layout_cpu.out(x, out=out)` copies an image [N, C, H, W] of float32, bfloat16 or float16
-into another of any strides; `cvfast::to_channels_last_cpu(x)` copies it into a fresh channels-last
-one.
+`cvfast::copy_layout_cpu.out(x, out=out)` copies an image [N, C, H, W] of float32, bfloat16 or
+float16 into another of any strides; `cvfast::to_channels_last_cpu(x)` copies it into a fresh
+channels-last one.
 """
 
 from __future__ import annotations

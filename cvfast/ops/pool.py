@@ -1,9 +1,9 @@
 """Pooling: the largest or the mean of each window, and the mean of a whole image.
 
-`cvfast::pool_cpu` is `max_pool2d` or `avg_pool2d` of `torch.nn.functional`, `cvfast::global_pool_cpu`
-is `adaptive_avg_pool2d(x, 1)`, on channels-last images. Means take a batch norm and ReLU before them
-(scale, shift): DenseNet's. The overloads `.out` write into a given image, for example a channel
-slice of a wider one.
+`cvfast::pool_cpu` is `max_pool2d` or `avg_pool2d` of `torch.nn.functional`, and
+`cvfast::global_pool_cpu` is `adaptive_avg_pool2d(x, 1)`, on channels-last images. Means take a
+batch norm and ReLU before them (scale, shift): DenseNet's. The overloads `.out` write into a given
+image, for example a channel slice of a wider one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def output_size(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[int, int]:
-    """(H', W') of the pooled image; in ceil_mode the last window starts before the right padding."""
+    """(H', W') of the pooled image; in ceil_mode no window starts beyond the image's end."""
     sizes = []
     for i in (0, 1):
         free = size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1

@@ -302,6 +302,68 @@ def test_channel_slices_are_read_in_place_and_nothing_around_them(
         assert_close_to_float64(y.cpu(), case.reference, x, weight, bias)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case", [Case(channels=19, size=(9, 16)), Case(channels=48, stride=(2, 2), multiplier=2)],
+    ids=str,
+)  # fmt: skip
+def test_channel_slices_are_written_in_place_and_nothing_around_them(
+    case: Case, dtype: torch.dtype, level: str
+) -> None:
+    case = replace(case, dtype=dtype, batch=2)
+    x, weight, bias = case.tensors()
+    packed = prepack(weight, bias, multiplier=case.multiplier)
+    shape = case.reference(x, weight, bias).shape
+    for canary, border in itertools.product((float("nan"), 12.0), (0, 1)):
+        around = guarded(torch.zeros(shape, dtype=dtype), canary=canary, border=border)
+        with isa(level):
+            torch.ops.cvfast.depthwise_cpu.out(
+                x, packed, case.kernel, *case.geometry.values(), "none", out=around.tensor
+            )
+        around.assert_untouched()
+        assert_close_to_float64(around.tensor, case.reference, x, weight, bias)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kernel", [3, 5, 7, 4])
+def test_a_large_bias_costs_small_products_no_digits(kernel: int, level: str) -> None:
+    case = Case(kernel=(kernel, kernel), channels=64)
+    x, weight, bias = case.tensors()
+    with isa(level):
+        y = case.kernel_result(x * 0.01, weight, bias)
+    assert_close_to_float64(y, case.reference, x * 0.01, weight, bias)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("padding", [(0, 0, 1, 1), (1, 2, 0, 3), (0, 1, 2, 1)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)])
+def test_the_sides_of_the_image_may_be_padded_unequally(
+    stride: tuple[int, int], padding: tuple[int, int, int, int], level: str
+) -> None:
+    case = Case(stride=stride, padding=(0, 0), channels=20, size=(11, 17))
+    x, weight, bias = case.tensors()
+    arguments = (prepack(weight, bias), (3, 3), stride, padding, (1, 1), "none")
+    with isa(level):
+        y = torch.ops.cvfast.depthwise_cpu(x, *arguments)
+    top, left, bottom, right = padding
+
+    def padded(x: Tensor, *rest: Tensor) -> Tensor:
+        return case.reference(F.pad(x, (left, right, top, bottom)), *rest)
+
+    assert_close_to_float64(y, padded, x, weight, bias)
+    torch.library.opcheck(torch.ops.cvfast.depthwise_cpu.default, (x, *arguments))
+
+
+def test_padding_of_three_numbers_is_named() -> None:
+    x, weight, bias = Case().tensors()
+    for padding, message in (((1, 1, 1), "got 3"), ((0, 0, -1, 0), "must not be negative, got -1")):
+        with pytest.raises(RuntimeError, match=f"padding .*{message}"):
+            torch.ops.cvfast.depthwise_cpu(
+                x, prepack(weight, bias), (3, 3), (1, 1), padding, (1, 1), "none"
+            )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "case",
@@ -557,6 +619,8 @@ def test_opcheck_prepacked() -> None:
     x, weight, bias = Case(channels=20, stride=(2, 2)).tensors()
     arguments = (x, prepack(weight, bias), [3, 3], [2, 2], [1, 1], [1, 1], "relu6")
     torch.library.opcheck(torch.ops.cvfast.depthwise_cpu.default, arguments)
+    out = image((1, 20, 7, 7))
+    torch.library.opcheck(torch.ops.cvfast.depthwise_cpu.out, arguments, {"out": out})
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
