@@ -134,7 +134,7 @@ class Conv(Node):
     x2: Image | None
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, ...]
     dilation: tuple[int, int]
     activation: str
 
@@ -162,7 +162,7 @@ class Depthwise(Node):
     packed: Tensor
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, ...]
     dilation: tuple[int, int]
     activation: str
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvfast import extension
+
 from . import memory
 from .nodes import Graph, Image, describe
 
@@ -36,6 +38,8 @@ class Plan:
     """
 
     def __init__(self, graph: Graph, threads: int) -> None:
+        if not (status := extension.load("cpu")):
+            raise RuntimeError(str(status))
         memory.place(graph)
         lives = memory.lifetimes(graph)
         arena = memory.pack(lives)

@@ -21,7 +21,7 @@ from cvfast.engine.plan import Plan
 from cvfast.ops.activation import activate_
 from cvfast.ops.conv import OneDnnWeight, conv_onednn
 from cvfast.ops.elementwise import ACTIVATIONS as ELEMENTWISE_ACTIVATIONS
-from cvfast.ops.layout import channels_innermost, channels_last, restore_layout
+from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
 from cvfast.ops.pointwise import KERNEL_DTYPES
 from cvfast.ops.pointwise import prepack as prepack_pointwise
 
@@ -62,7 +62,7 @@ class _Input:
         if value.stride() != self.strides:
             laid_out = torch.empty_strided(self.shape, self.strides, dtype=value.dtype)
             value = laid_out.copy_(value)
-        return value.view(value.shape + (1, 1)) if value.dim() == 2 else value
+        return value.view(*value.shape, 1, 1) if value.dim() == 2 else value
 
 
 class PlannedCall:
@@ -104,7 +104,8 @@ class TorchCall:
         node = self.node
         args = fx.map_arg(node.args, env.__getitem__)
         kwargs = fx.map_arg(node.kwargs, env.__getitem__)
-        env[node] = node.target(*args, **kwargs)
+        target: Any = node.target
+        env[node] = target(*args, **kwargs)
 
 
 class Schedule:
@@ -241,7 +242,8 @@ class _Flattener:
 
     def _propagate(self, flat: Sequence[Any]) -> dict[fx.Node, Any]:
         """The value of every node, tensors without memory; fills ``constants``."""
-        meta: dict[fx.Node, Any] = dict(zip(self.placeholders, map(_without_memory, flat)))
+        inputs = map(_without_memory, flat)
+        meta: dict[fx.Node, Any] = dict(zip(self.placeholders, inputs, strict=True))
         for node in self.module.graph.nodes:
             if node.op == "get_attr":
                 value = getattr(self.module, node.target)
@@ -339,9 +341,13 @@ class _Flattener:
 
     def channels_last_image(self, node: Any) -> Image:
         image = self.image(node)
-        if not image.channels_adjacent():
+        if image.channels_adjacent():
+            return image
+        if len(self.shape(node)) != 4:
             raise Unsupported
-        return image
+        copy = self.emit(node, nodes.Copy(Image(image.shape, image.dtype), image))
+        self.segment.images[node] = copy
+        return copy
 
     def padded_image(self, node: fx.Node, padding: Sequence[int]) -> tuple[Image, tuple[int, ...]]:
         """A kernel's source and padding, with that of an ``aten.pad`` before it included."""
@@ -472,23 +478,21 @@ def _depthwise(f: _Flattener, node: fx.Node) -> Image:
 
 @_translates(channels_last, channels_innermost)
 def _to_channels_last(f: _Flattener, node: fx.Node) -> Image | None:
-    source = node.args[0]
+    source: Any = node.args[0]
     if source in f.padded:
         f.padded[node] = f.padded[source]
         return None
-    image = f.image(source)
-    if image.channels_adjacent():
-        return image
-    return f.emit(node, nodes.Copy(f.new(node), image))
+    return f.channels_last_image(source)
 
 
 @_translates(restore_layout)
 def _restore_layout(f: _Flattener, node: fx.Node) -> Image:
-    out, x = node.args
-    image, like = f.image(out), f.meta[x]
-    if image.channels_adjacent() and image.channels > 1 and like.is_contiguous():
+    given: Any = node.args
+    image, like = f.image(given[0]), f.meta[given[1]]
+    contiguous = like.is_contiguous() or not is_channels_last(like)
+    if contiguous and image.channels_adjacent() and image.channels > 1:
         copy = f.new(node)
-        n, c, h, w = copy.shape
+        _, c, h, w = copy.shape
         copy.strides = (c * h * w, h * w, w, 1)
         return f.emit(node, nodes.Copy(copy, image))
     return image
@@ -496,12 +500,10 @@ def _restore_layout(f: _Flattener, node: fx.Node) -> Image:
 
 @_translates(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(f: _Flattener, node: fx.Node) -> None:
-    x, pads = node.args[0], list(node.args[1])
-    mode, value = "constant", None
-    if node.target is aten.pad.default:
-        _, _, mode, value = _arguments(node)
+    x, pads, *how = _arguments(node)
+    mode, value = how if node.target is aten.pad.default else ("constant", *how)
     pads = [f.constants[p] if isinstance(p, fx.Node) else p for p in pads]
-    readers = [user for user in node.users]
+    readers = list(node.users)
     while any(user.target in (channels_last, channels_innermost) for user in readers):
         readers = [
             after
@@ -510,6 +512,7 @@ def _pad(f: _Flattener, node: fx.Node) -> None:
                 user.users if user.target in (channels_last, channels_innermost) else (user,)
             )
         ]
+    f.image(x)
     if (
         mode != "constant"
         or value not in (None, 0, 0.0)
@@ -520,7 +523,6 @@ def _pad(f: _Flattener, node: fx.Node) -> None:
         or x in f.padded
     ):
         raise Unsupported
-    f.channels_last_image(x)
     left, right, top, bottom = pads
     f.padded[node] = (x, (top, left, bottom, right))
 
@@ -530,7 +532,8 @@ _PADDING_KERNELS = {cvfast.conv_cpu.default, cvfast.depthwise_cpu.default}
 
 @_translates(activate_)
 def _activate(f: _Flattener, node: fx.Node) -> Image:
-    x, name, *_ = node.args
+    given: Any = node.args
+    x, name = given[:2]
     if name not in ELEMENTWISE_ACTIVATIONS:
         raise Unsupported
     return f.emit(node, nodes.Elementwise(f.new(node), f.channels_last_image(x), activation=name))

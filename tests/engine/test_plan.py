@@ -1,0 +1,170 @@
+"""Plans: recorded once, run anywhere, by any number of threads, on memory of their own."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cvfast
+from cvfast.engine.nodes import Elementwise, Graph, Image, Pointwise
+from cvfast.engine.plan import Plan
+from cvfast.ops.pointwise import prepack
+from cvfast.optimize import profile
+from cvfast.testing import image, threads
+
+ops = torch.ops.cvfast
+
+
+def chain(length: int, channels: int = 16) -> Graph:
+    """x -> x + 1 -> x + 2 ..., each step a kernel call."""
+    x = Image((1, channels, 5, 6), torch.float32)
+    one = torch.ones(channels)
+    graph = Graph([], [x], [])
+    for _ in range(length):
+        out = Image(x.shape, x.dtype)
+        graph.nodes.append(
+            Elementwise(out, graph.nodes[-1].out if graph.nodes else x, scale=one, shift=one)
+        )
+    graph.outputs.append(graph.nodes[-1].out)
+    for number, external in enumerate((x, graph.outputs[0])):
+        external.strides = external.memory_strides()
+        external.external = number
+    return graph
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_plan_runs_on_whatever_tensors_it_is_handed(count: int) -> None:
+    plan = Plan(chain(7), count)
+    for seed in range(4):
+        x = image((1, 16, 5, 6), seed=seed)
+        out = torch.full_like(x, float("nan"))
+        plan.run([x], [out])
+        torch.testing.assert_close(out, x + 7)
+
+
+def test_two_places_serve_a_chain_of_any_length() -> None:
+    plan = Plan(chain(9), 1)
+    assert plan.arena_bytes == plan.least_arena_bytes == 2 * 1920
+    x = image((1, 16, 5, 6))
+    plan.run([x], [torch.empty_like(x)])
+    assert plan.measured_bytes() == plan.arena_bytes + plan.scratch_bytes
+
+
+def test_runs_under_way_at_once_have_an_arena_each() -> None:
+    plan = Plan(chain(40), 1)
+    inputs = [image((1, 16, 5, 6), seed=seed) for seed in range(8)]
+
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for _ in range(50):
+            plan.run([x], [out])
+        return out
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(run, inputs))
+    for x, out in zip(inputs, results, strict=True):
+        torch.testing.assert_close(out, x + 40)
+    each = plan.arena_bytes + plan.scratch_bytes
+    assert each <= plan.measured_bytes() <= 8 * each
+
+
+def test_profile_computes_and_times_every_step() -> None:
+    plan = Plan(chain(3), 2)
+    x = image((1, 16, 5, 6))
+    out = torch.empty_like(x)
+    rows = plan.profile([x], [out])
+    torch.testing.assert_close(out, x + 3)
+    assert [row["kind"] for row in rows] == ["Elementwise"] * 3
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_call_that_is_refused_ends_the_recording() -> None:
+    graph = chain(2)
+    x = graph.inputs[0]
+    packed = prepack(torch.zeros(8, 99, 1, 1), dtype=torch.float32)
+    graph.nodes.insert(0, Pointwise(Image((1, 8, 5, 6), x.dtype), x, packed))
+    with pytest.raises(RuntimeError, match="prepack"):
+        Plan(graph, 1)
+    with pytest.raises(RuntimeError, match="no plan is being recorded"):
+        ops.plan_barrier()
+    y = image((1, 16, 5, 6))
+    assert ops.elementwise_cpu(y, None, "none", "relu").min() >= 0  # runs, and at once
+
+
+def test_plans_are_freed() -> None:
+    plan = Plan(chain(2), 1)
+    number = plan._id
+    assert len(ops.plan_memory(number)) == 3
+    del plan
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"no plan {number}"):
+        ops.plan_memory(number)
+
+
+def test_a_run_with_the_wrong_number_of_tensors_is_refused() -> None:
+    plan = Plan(chain(2), 1)
+    with pytest.raises(RuntimeError, match="recorded with 2 tensors, got 1"):
+        ops.plan_run(plan._id, [image((1, 16, 5, 6))], [])
+
+
+class Branches(nn.Module):
+    """Parts that a concatenation wants, one of them read elsewhere too, and a step without a
+    kernel in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(16, 24, 3, padding=1)
+        self.b = nn.Conv2d(16, 8, 1)
+        self.c = nn.Conv2d(32, 16, 3, padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = torch.relu(self.a(x)), self.b(x)
+        joined = torch.cat([a, b], 1)
+        return torch.nn.functional.interpolate(self.c(joined), scale_factor=2.0), b
+
+
+def test_steps_without_a_kernel_run_between_plans() -> None:
+    model = Branches().eval()
+    x = torch.randn(2, 16, 10, 12)
+    fast = cvfast.optimize(model, x)
+    execution = fast.report.execution
+    assert execution is not None
+    assert execution.torch_calls == 1
+    for got, expected in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()
+
+
+def test_plans_follow_the_size_and_the_number_of_threads() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 1)).eval()
+    fast = cvfast.optimize(model, torch.randn(1, 16, 12, 12))
+    for count in (1, 2, 1):
+        with threads(count):
+            for size in ((1, 16, 12, 12), (3, 16, 9, 21), (1, 16, 1, 1)):
+                x = torch.randn(size)
+                torch.testing.assert_close(fast(x), model(x))
+
+
+def test_written_weights_reach_the_plans() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    x = torch.randn(2, 16, 1, 1)
+    fast = cvfast.optimize(model, x)
+    with torch.no_grad():
+        for parameter in (*fast.parameters(), *model.parameters()):
+            parameter.fill_(0.5)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_profile_names_the_modules() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1)).eval()
+    x = torch.randn(1, 16, 12, 12)
+    steps = profile(cvfast.optimize(model, x), x, runs=2)
+    assert [step.name for step in steps if step.flops] == ["0", "2"]
+    assert [step.flops for step in steps if step.flops] == [
+        2 * 100 * 16 * 9 * 32,
+        2 * 100 * 32 * 16,
+    ]
