@@ -74,7 +74,16 @@ CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return fma(even(a), even(b), fma(odd(a), odd(b), c));
 }
 
+CVFAST_INLINE Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+
+// 2^n, n the integer in a lane's low bits.
+CVFAST_INLINE Vec pow2(Vec n) {
+    const uint32x4_t exponent = vaddq_u32(vreinterpretq_u32_f32(n), vdupq_n_u32(127));
+    return vreinterpretq_f32_u32(vshlq_n_u32(exponent, 23));
+}
+
 // FMAX and FMIN return NaN where either operand is.
+CVFAST_INLINE Vec max_nan(Vec a, Vec b) { return vmaxq_f32(a, b); }
 CVFAST_INLINE Vec max_keep_nan(Vec x, float bound) { return vmaxq_f32(x, set1(bound)); }
 CVFAST_INLINE Vec min_keep_nan(Vec x, float bound) { return vminq_f32(x, set1(bound)); }
 
