@@ -36,6 +36,8 @@ def test_levels_start_at_portable_and_the_highest_is_the_default() -> None:
         needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
         assert ("avx512" in levels) == needed.issubset(flags)
         assert ("avx512_bf16" in levels) == {*needed, "avx512_bf16"}.issubset(flags)
+    elif platform.machine() == "aarch64":
+        assert levels == ("portable", "neon")
 
 
 def test_switching_changes_the_level_and_restores_it() -> None:
@@ -75,3 +77,11 @@ def test_environment_variable_with_an_unknown_level_is_an_error() -> None:
     assert result.returncode != 0
     assert "CVFAST_CPU_ISA" in result.stderr
     assert "portable" in result.stderr
+
+
+def test_environment_variable_with_the_level_of_another_machine_is_an_error() -> None:
+    foreign = "avx512" if platform.machine() == "aarch64" else "neon"
+    result = run(SHOW, CVFAST_CPU_ISA=foreign)
+    assert result.returncode != 0
+    assert f"CVFAST_CPU_ISA: instruction-set level '{foreign}' is not available" in result.stderr
+    assert f"this machine has {', '.join(isa_levels())}" in result.stderr
