@@ -1,6 +1,6 @@
-"""The tables of the README, made from the committed JSON.
+"""The tables of README and docs/benchmarking.md, made from the committed JSON.
 
-    python benchmarks/tables.py [--check]
+    python benchmarks/tables.py [--check] [FILE ...]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; what is between is replaced.
 `--check` writes nothing and exits with 1 if a table differs from what the JSON gives.
@@ -9,6 +9,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; what is 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -18,29 +19,46 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarking.md"]
 EAGER = ("eager", "eager_channels_last")
 SETTING = ("threads", "batch", "dtype")  # what a summary of the depthwise layers is over
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
-def networks(results: Path = RESULTS) -> str:
-    """cvfast against every peer, in milliseconds, a row per network, batch and thread count."""
-    measured = _load(results / "cpu" / "networks.json")
-    if measured is None:
-        return not_measured("python benchmarks/bench_networks.py")
-    rows = measured["rows"]
+def networks(results: Path = RESULTS, *, dtype: str = "float32", threads: int = 2) -> str:
+    """cvfast against every peer at one setting, a row per network and batch."""
+    command = (
+        f"cvfast bench --batch 1,8 --threads {threads} --dtype {dtype} --memory "
+        "--json benchmarks/results/cpu/networks.json"
+    )
+    measured = _load(results / "cpu" / "networks.json") or {"rows": []}
+    rows = [r for r in measured["rows"] if (r["dtype"], r["threads"]) == (dtype, threads)]
+    if not rows:
+        return not_measured(command)
     contenders = ["cvfast"]
     for row in rows:
         contenders += [name for name in row["variants"] if name not in contenders]
-    head = ["network", "input", "dtype", "threads", *(f"{name}, ms" for name in contenders)]
     body = []
     for row in rows:
-        medians = [_median(row, name) for name in contenders]
+        ours = row["variants"]["cvfast"]
         speedup = f"**{row['speedup']:.2f}x** {row['best_peer']}" if row["speedup"] else "-"
-        shape = "x".join(map(str, row["shape"]))
-        body.append([row["model"], shape, row["dtype"], str(row["threads"]), *medians, speedup])
+        share = ours["flops_per_second"] / row["peak_flops_per_second"]
+        body.append(
+            [
+                row["model"],
+                "x".join(map(str, row["shape"])),
+                *(_median(row, name) for name in contenders),
+                speedup,
+                f"{share:.0%} of {row['peak_flops_per_second'] * 1e-9:.0f}" if ours["ok"] else "-",
+                f"{ours['error'] / row['eager_error']:.1f}" if row.get("eager_error") else "-",
+                *_memory(row),
+            ]
+        )
+    head = ["network", "input", *(f"{name}, ms" for name in contenders), "against the best peer"]
+    head += ["of peak GFLOP/s", "error / eager's", "MB", "least of the peers, MB"]
     packages = ("torch", "onnxruntime", "openvino")
-    return markdown([*head, "against the best peer"], body) + "\n" + provenance(rows, packages)
+    setting = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}. "
+    return markdown(head, body) + "\n" + setting + provenance(rows, packages)
 
 
 def zoo(results: Path = RESULTS) -> str:
@@ -215,6 +233,19 @@ def _median(row: dict[str, Any], name: str) -> str:
     return f"{1e3 * variant['median']:.2f}" if variant and variant["ok"] else "-"
 
 
+def _memory(row: dict[str, Any]) -> tuple[str, str]:
+    """Peak memory of inference in MB: cvfast's, and that of the peer that needs least."""
+    bytes_of = {
+        name: v["memory_bytes"] for name, v in row["variants"].items() if "memory_bytes" in v
+    }
+    ours = bytes_of.pop("cvfast", None)
+    least = min(bytes_of, key=bytes_of.__getitem__, default=None)
+    return (
+        "-" if ours is None else f"{ours * 1e-6:.1f}",
+        "-" if least is None else f"{bytes_of[least] * 1e-6:.1f} {least}",
+    )
+
+
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]
@@ -238,6 +269,9 @@ def provenance(rows: Sequence[dict[str, Any]], shown: Sequence[str] = ("torch",)
 
 TABLES: dict[str, Callable[[], str]] = {
     "networks-cpu": networks,
+    "networks-cpu-1-thread": functools.partial(networks, threads=1),
+    "networks-cpu-bfloat16": functools.partial(networks, dtype="bfloat16"),
+    "networks-cpu-bfloat16-1-thread": functools.partial(networks, dtype="bfloat16", threads=1),
     "zoo-cpu": zoo,
     "depthwise-cpu": depthwise,
     "pointwise-cpu": pointwise,
@@ -259,16 +293,20 @@ def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
-    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    parser.add_argument("files", nargs="*", type=Path, default=PAGES)
     options = parser.parse_args()
-    text = options.file.read_text(encoding="utf-8")
-    updated = render(text, TABLES)
-    if options.check and text != updated:
-        print(f"{options.file} is outdated: run python benchmarks/tables.py", file=sys.stderr)
-        return 1
-    if not options.check:
-        options.file.write_text(updated, encoding="utf-8")
-    return 0
+    outdated = False
+    for file in options.files:
+        text = file.read_text(encoding="utf-8")
+        updated = render(text, TABLES)
+        if text == updated:
+            continue
+        if options.check:
+            print(f"{file} is outdated: run python benchmarks/tables.py", file=sys.stderr)
+            outdated = True
+        else:
+            file.write_text(updated, encoding="utf-8")
+    return 1 if outdated else 0
 
 
 if __name__ == "__main__":

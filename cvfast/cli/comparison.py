@@ -12,7 +12,7 @@ import torch
 
 import cvfast
 from cvfast.cli import specs
-from cvfast.perf import flops, peers, roofline, timing
+from cvfast.perf import flops, isolated, memory, peers, roofline, timing
 
 PEER_K = 10.0
 """A peer's error may be this many times eager's. Wider than what cvfast is held to: it is there to
@@ -28,14 +28,16 @@ def compare(
     names: Sequence[str] = peers.NAMES,
     size: int | None = None,
     min_time: float = 1.0,
+    with_memory: bool = False,
 ) -> dict[str, Any]:
     """Optimises the network `spec`, checks it and every peer against float64, and times them all.
 
     Returns a row ready for JSON. ``variants`` maps ``cvfast`` and each peer to its `Timing` in
-    seconds, ``error`` (relative, to float64), ``ok``, ``setup_seconds``, ``flops_per_second`` and,
-    for peers, ``speedup``: how many times as long the peer takes as cvfast. ``speedup`` is ``None``
-    unless both passed their check. ``unavailable`` maps the other peers to the reason.
-    ``best_peer`` is the fastest peer that passed.
+    seconds, ``error`` (relative, to float64), ``ok``, ``setup_seconds``, ``flops_per_second``, with
+    `with_memory` also ``memory_bytes`` (`memory_growth`) and, for peers, ``speedup``: how many
+    times as long the peer takes as cvfast. ``speedup`` is ``None`` unless both passed their check.
+    ``unavailable`` maps the other peers, and memory that could not be measured, to the reason.
+    ``best_peer`` is the fastest peer that passed, ``eager_error`` eager's in the same dtype.
 
     Sets torch's number of threads, process-wide.
     """
@@ -72,6 +74,15 @@ def compare(
         verdicts[name] = truth.check(peer.outputs(), k=PEER_K)
 
     timings = timing.interleave(calls, min_time=min_time)
+    grown: dict[str, int] = {}
+    for name in calls if with_memory else ():
+        try:
+            grown[name] = isolated.call(
+                memory_growth, spec, name, batch, threads, dtype, size,
+                environment=memory.ENVIRONMENT,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            unavailable[f"memory of {name}"] = f"memory of {name}: {error}"
     variants: dict[str, dict[str, Any]] = {}
     for name, measured in timings.items():
         verdict = verdicts[name]
@@ -84,6 +95,8 @@ def compare(
             "ok": verdict.ok,
             "message": verdict.message,
         }
+        if name in grown:
+            variants[name]["memory_bytes"] = grown[name]
         if name != "cvfast":
             valid = verdict.ok and verdicts["cvfast"].ok
             ratio = timing.ratio(measured, timings["cvfast"]) if valid else None
@@ -98,12 +111,37 @@ def compare(
         "flops": work,
         "peak_flops_per_second": peak(threads, dtype),
         "coverage": optimized.report.coverage,
+        "eager_error": verdicts["cvfast"].baseline_error,
         "ok": verdicts["cvfast"].ok,
         "best_peer": best,
         "speedup": variants[best]["speedup"] if best else None,
         "variants": variants,
         "unavailable": unavailable,
     }
+
+
+def memory_growth(
+    spec: str, contender: str, batch: int, threads: int, dtype: torch.dtype, size: int | None
+) -> int:
+    """Bytes that inference of cvfast or a peer needs beyond the prepared network and its input.
+
+    For a process of its own, with `cvfast.perf.memory.ENVIRONMENT`. cvfast is prepared on one image
+    of half the size, since a plan for the size itself would bring its memory along.
+    """
+    torch.set_num_threads(threads)
+    model = specs.load(spec)
+    shape = specs.input_shape(spec, model, size)
+    x = specs.example(shape, batch)
+    if contender != "cvfast":
+        run = peers.prepare(contender, model, x, threads=threads, dtype=dtype)
+        del model
+        return memory.peak_growth(run)
+    channels, height, width = shape
+    small = specs.example((channels, height // 2, width // 2), 1)
+    optimized = cvfast.optimize(model, (small,), dtype=None if dtype is x.dtype else dtype)
+    del model
+    with torch.no_grad():
+        return memory.peak_growth(lambda: optimized(x))
 
 
 @functools.cache

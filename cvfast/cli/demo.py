@@ -14,12 +14,18 @@ from cvfast.cli.output import Table, fail, note, print_json
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
+
+    from cvfast.perf.peers import Peer
 
 MODEL = "efficientnet_lite0"
 
 PHOTOGRAPHS = {"chelsea": (281, 282, 285), "coffee": (967,), "rocket": (657,)}
 """Photographs that ship inside scikit-image, and the ImageNet classes that are right for each:
 tabby, tiger and Egyptian cat; espresso; missile."""
+
+PEERS = ("onnxruntime", "openvino")
+"""Run-times whose times stand beside cvfast's where they are installed; none is required."""
 
 TOP = 5
 
@@ -93,6 +99,7 @@ def demo(
     inputs = {name: EfficientNetLite0.preprocess(picture) for name, picture in photographs.items()}
     example = next(iter(inputs.values()))
     optimized = cvfast.optimize(model, (example,))
+    rivals, unavailable = installed_peers(model, example)
 
     outcomes = []
     with torch.no_grad():
@@ -110,13 +117,15 @@ def demo(
                     verdict.limit,
                 )
             )
-        timings = timing.interleave(
-            {"reference": lambda: model(example), "optimized": lambda: optimized(example)},
-            min_time=min_time,
-            settle=0.0,
-        )
+        calls = {"reference": lambda: model(example), "optimized": lambda: optimized(example)}
+        calls |= {peer.name: peer.run for peer in rivals}
+        timings = timing.interleave(calls, min_time=min_time)
     agrees = all(outcome.agrees for outcome in outcomes)
-    speedup = timing.ratio(timings["reference"], timings["optimized"]) if agrees else None
+    speedups = {
+        name: timing.ratio(measured, timings["optimized"])
+        for name, measured in timings.items()
+        if agrees and name != "optimized"
+    }
     output.mkdir(parents=True, exist_ok=True)
     pictures = [
         draw(photographs[outcome.photograph], outcome, output / f"{outcome.photograph}.png")
@@ -128,7 +137,9 @@ def demo(
             {
                 "model": MODEL,
                 "agrees": agrees,
-                "speedup": speedup,
+                "speedup": speedups.get("reference"),
+                "speedups": speedups,
+                "unavailable": unavailable,
                 "threads": torch.get_num_threads(),
                 "timings": {name: measured.to_dict() for name, measured in timings.items()},
                 "photographs": [asdict(o) | {"correct": o.correct} for o in outcomes],
@@ -141,12 +152,38 @@ def demo(
         print()
         for outcome in outcomes:
             print_outcome(outcome)
-        print_times(timings, speedup, torch.get_num_threads())
+        print_times(timings, speedups, torch.get_num_threads())
+        for reason in unavailable:
+            print(f"not compared: {reason}")
         for path in pictures:
             print(f"wrote {path}")
     if not agrees:
         note("cvfast: the optimised network disagrees with the original beyond the numbers policy")
         raise typer.Exit(1)
+
+
+def installed_peers(model: nn.Module, example: torch.Tensor) -> tuple[list[Peer], list[str]]:
+    """The run-times of `PEERS` that are installed and agree with float64; why the others do not."""
+    import torch
+
+    from cvfast.cli.comparison import PEER_K
+    from cvfast.cli.specs import Truth
+    from cvfast.perf import peers
+
+    found, unavailable = [], []
+    truth = Truth(model, example, torch.float32)
+    for name in PEERS:
+        try:
+            peer = peers.build(name, model, example, threads=torch.get_num_threads())
+        except peers.PeerUnavailable as error:
+            unavailable.append(str(error))
+            continue
+        verdict = truth.check(peer.outputs(), k=PEER_K)
+        if verdict.ok:
+            found.append(peer)
+        else:
+            unavailable.append(f"{name}: {verdict}")
+    return found, unavailable
 
 
 def top(logits: torch.Tensor, names: Sequence[str]) -> list[Guess]:
@@ -181,15 +218,15 @@ def print_outcome(outcome: Outcome) -> None:
     )
 
 
-def print_times(timings: dict[str, Any], speedup: float | None, threads: int) -> None:
-    """Median and spread of both networks; the ratio only where the outputs agree."""
-    columns = ("", "median ms", "p20", "p80")
+def print_times(timings: dict[str, Any], speedups: dict[str, float], threads: int) -> None:
+    """Median and spread of all networks; ratios only where the outputs agree."""
+    columns = ("", "median ms", "p20", "p80", "optimized is")
     table = Table(columns, title=f"time per photograph, {threads} threads", right=columns[1:])
     for name, measured in timings.items():
-        table.add(name, *(f"{1e3 * t:.2f}" for t in (measured.median, measured.p20, measured.p80)))
+        milliseconds = (f"{1e3 * t:.2f}" for t in (measured.median, measured.p20, measured.p80))
+        ratio = f"{speedups[name]:.2f}x as fast" if name in speedups else ""
+        table.add(name, *milliseconds, ratio)
     table.print()
-    if speedup is not None:
-        print(f"optimized is {speedup:.2f}x as fast")
     if any(measured.unsteady for measured in timings.values()):
         print("the times vary widely: something else is running on this machine")
     print()

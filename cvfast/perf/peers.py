@@ -87,17 +87,42 @@ def build(
         ValueError: for a name that is none of the above.
         PeerUnavailable: if the peer is not installed, or fails on this model.
     """
+    start = time.perf_counter()
+    run = prepare(name, model, example, threads=threads, dtype=dtype)
+    with _reported(name):
+        run()
+        if example.is_cuda:
+            torch.cuda.synchronize(example.device)
+    return Peer(name, run, time.perf_counter() - start)
+
+
+def prepare(
+    name: str,
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    threads: int,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], Any]:
+    """`build` without the first run, but for Inductor, which compiles in it.
+
+    Returns:
+        `Peer.run`.
+    """
     builders = _CUDA_BUILDERS if example.is_cuda else _BUILDERS
     if name not in builders:
         raise ValueError(f"unknown peer {name!r}; choose from {', '.join(builders)}")
     torch.set_num_threads(threads)
-    start = time.perf_counter()
+    with _reported(name):
+        return builders[name](copy.deepcopy(model), example, threads, dtype)
+
+
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Keeps a peer quiet, and turns what it raises into `PeerUnavailable`."""
     try:
         with _quiet():
-            run = builders[name](copy.deepcopy(model), example, threads, dtype)
-            run()
-            if example.is_cuda:
-                torch.cuda.synchronize(example.device)
+            yield
     except PeerUnavailable:
         raise
     except ModuleNotFoundError as error:
@@ -106,7 +131,6 @@ def build(
         ) from error
     except Exception as error:
         raise PeerUnavailable(f"{name}: {type(error).__name__}: {_first_line(error)}") from error
-    return Peer(name, run, time.perf_counter() - start)
 
 
 _Builder = Callable[[nn.Module, torch.Tensor, int, torch.dtype], Callable[[], Any]]

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
+import torch
 
-from cvfast.perf import peers
+from cvfast.models import list_models
+from cvfast.perf import isolated, peers
 
 QUICK = ("--size", "24", "--min-time", "0.01")
 
@@ -21,21 +25,86 @@ def test_table_has_every_contender_and_its_check(run, tiny):
 def test_json_file_has_rows_for_every_setting(run, tiny, tmp_path):
     path = tmp_path / "result.json"
     result = run(
-        "bench", tiny, *QUICK, "--batch", "1,2", "--threads", "1,2", "--peers", "eager",
+        "bench", tiny, *QUICK, "--batch", "1,2", "--threads", "1", "--peers", "eager",
         "--json", path,
     )  # fmt: skip
     assert result.exit_code == 0
+    assert "against the best peer" in result.stdout
     saved = json.loads(path.read_text())
-    assert saved["environment"]["packages"]["torch"]
-    settings = [(row["threads"], row["shape"]) for row in saved["rows"]]
-    assert settings == [(t, [n, 1, 24, 24]) for t in (1, 2) for n in (1, 2)]
+    assert [row["shape"] for row in saved["rows"]] == [[n, 1, 24, 24] for n in (1, 2)]
     for row in saved["rows"]:
+        assert row["environment"]["packages"]["torch"]
         assert row["ok"]
         assert row["best_peer"] == "eager"
         assert row["speedup"] == row["variants"]["eager"]["speedup"] > 0
         for variant in row["variants"].values():
             assert variant["min"] <= variant["p20"] <= variant["median"] <= variant["p80"]
             assert variant["flops_per_second"] == pytest.approx(row["flops"] / variant["median"])
+
+
+def test_json_file_keeps_the_rows_of_other_settings(run, tiny, tmp_path):
+    path = tmp_path / "result.json"
+    args = ("bench", tiny, *QUICK, "--peers", "", "--json", path)
+    for batch in (2, 1, 1):
+        assert run(*args, "--batch", batch).exit_code == 0
+    assert [row["shape"][0] for row in json.loads(path.read_text())["rows"]] == [1, 2]
+    path.write_text("{}")
+    result = run(*args)
+    assert result.exit_code == 2
+    assert "holds no results of cvfast bench" in result.stderr
+    assert path.read_text() == "{}"
+
+
+@pytest.mark.usefixtures("dying_processes")
+def test_a_setting_that_kills_its_process_fails_and_the_others_go_on(run, tiny):
+    result = run("bench", tiny, *QUICK, "--peers", "eager", "--batch", "1,2")
+    assert result.exit_code == 1
+    assert "batch 1, 1 threads" in result.stderr
+    assert "passed" in result.stdout
+
+
+@pytest.fixture
+def dying_processes(monkeypatch):
+    """The first call in a process of its own dies; the others run in this one."""
+    calls = []
+
+    def call(function, *args, **kwargs):
+        calls.append(function)
+        if len(calls) == 1:
+            raise BrokenProcessPool("terminated abruptly")
+        return function(*args)
+
+    monkeypatch.setattr(isolated, "call", call)
+
+
+def test_without_a_model_the_whole_list_is_measured(run, monkeypatch):
+    measured = []
+
+    def call(measure):
+        measured.append((measure.args, measure.keywords["names"], measure.keywords["dtype"]))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(isolated, "call", call)
+    assert run("bench", "--dtype", "float32,bfloat16").exit_code == 1
+    assert measured == [
+        ((name,), list(peers.NAMES), dtype)
+        for name in list_models()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stands_beside_the_times(run, tiny):
+    args = ("bench", tiny, *QUICK, "--peers", "eager", "--memory", "--json", "-")
+    (row,) = json.loads(run(*args).stdout)["rows"]
+    for variant in row["variants"].values():
+        assert 16 * 24 * 24 * 4 < variant["memory_bytes"] < 50e6
+
+
+def test_eager_nhwc_is_eager_channels_last(run, tiny):
+    args = ("bench", tiny, *QUICK, "--peers", "eager-nhwc", "--json", "-")
+    (row,) = json.loads(run(*args).stdout)["rows"]
+    assert set(row["variants"]) == {"cvfast", "eager_channels_last"}
 
 
 def test_json_to_standard_output_is_nothing_but_json(run, tiny):

@@ -22,11 +22,6 @@ def tables():
     return script("tables")
 
 
-@pytest.fixture(scope="module")
-def bench_networks():
-    return script("bench_networks")
-
-
 def row(model="net", batch=1, **changes):
     environment = {
         "date": "2026-01-02T03:04:05+00:00",
@@ -35,15 +30,20 @@ def row(model="net", batch=1, **changes):
         "git": {"commit": "0123456789abcdef", "dirty": True},
     }
     variants = {
-        "cvfast": {"median": 2e-3, "ok": True},
-        "eager": {"median": 5e-3, "ok": True},
+        "cvfast": {
+            "median": 2e-3, "ok": True, "error": 2e-6, "flops_per_second": 3e11,
+            "memory_bytes": 7_500_000,
+        },
+        "eager": {"median": 5e-3, "ok": True, "memory_bytes": 9_000_000},
         "openvino": {"median": 1e-3, "ok": False},
-    }
+    }  # fmt: skip
     return {
         "model": model,
         "shape": [batch, 3, 8, 8],
         "dtype": "float32",
-        "threads": 1,
+        "threads": 2,
+        "peak_flops_per_second": 4e11,
+        "eager_error": 1e-6,
         "speedup": 2.5,
         "best_peer": "eager",
         "variants": variants,
@@ -60,7 +60,9 @@ def results(tmp_path):
 
 def test_table_from_json(tables, results):
     text = tables.networks(results)
-    assert "| net | 1x3x8x8 | float32 | 1 | 2.00 | 5.00 | - | **2.50x** eager |" in text
+    cells = "2.00 | 5.00 | - | **2.50x** eager | 75% of 400 | 2.0 | 7.5 | 9.0 eager |"
+    assert f"| net | 1x3x8x8 | {cells}" in text
+    assert "\nfloat32, 2 threads. Medians" in text
     assert "Some CPU, 2 cores, AVX2" in text
     assert "cvfast 0123456789+, 2026-01-02" in text
 
@@ -68,7 +70,19 @@ def test_table_from_json(tables, results):
 def test_no_speedup_is_a_dash(tables, results):
     path = results / "cpu" / "networks.json"
     path.write_text(json.dumps({"rows": [row(speedup=None, best_peer=None)]}))
-    assert tables.networks(results).splitlines()[2].endswith("| - |")
+    assert "| 5.00 | - | - | 75%" in tables.networks(results)
+
+
+def test_each_setting_has_its_table(tables, results):
+    assert tables.networks(results, threads=1).startswith("Not measured yet: run `cvfast bench")
+    path = results / "cpu" / "networks.json"
+    rows = [row("old", eager_error=None), row("half", dtype="bfloat16"), row("one", threads=1)]
+    for old in rows[0]["variants"].values():
+        old.pop("memory_bytes", None)
+    path.write_text(json.dumps({"rows": rows}))
+    assert "| 75% of 400 | - | - | - |" in tables.networks(results)
+    assert "| half |" in tables.networks(results, dtype="bfloat16")
+    assert "float32, 1 thread. " in tables.networks(results, threads=1)
 
 
 def test_render_replaces_only_what_is_marked(tables):
@@ -93,31 +107,6 @@ def test_check_mode_tells_outdated_from_current(tables, tmp_path, monkeypatch, c
     assert tables.main() == 0
 
 
-def test_readme_is_current(tables, monkeypatch):
-    readme = BENCHMARKS.parent / "README.md"
-    if not readme.exists():
-        pytest.skip("this checkout has no README.md")
-    monkeypatch.setattr(sys, "argv", ["tables.py", "--check", str(readme)])
+def test_pages_are_current(tables, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
     assert tables.main() == 0
-
-
-def test_merge_replaces_the_same_setting_and_keeps_the_others(bench_networks):
-    old = [row("b"), row("a", batch=8), row("a")]
-    merged = bench_networks.merge(old, [row("a", speedup=9.0)], {"date": "new"})
-    assert [(r["model"], r["shape"][0]) for r in merged] == [("a", 1), ("a", 8), ("b", 1)]
-    assert merged[0]["speedup"] == 9.0
-    assert merged[0]["environment"] == {"date": "new"}
-    assert merged[1]["environment"] != {"date": "new"}
-
-
-def test_measure_runs_cvfast_bench(bench_networks, monkeypatch):
-    commands = []
-
-    def run(command, check):
-        commands.append(command)
-        Path(command[command.index("--json") + 1]).write_text('{"rows": []}')
-
-    monkeypatch.setattr(bench_networks.subprocess, "run", run)
-    assert bench_networks.measure("resnet18", "8", "2", "float32") == {"rows": []}
-    assert commands[0][1:5] == ["-m", "cvfast", "bench", "resnet18"]
-    assert commands[0][commands[0].index("--threads") + 1] == "2"
