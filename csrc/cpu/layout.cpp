@@ -70,10 +70,24 @@ void copy_elements(const T* x, T* out, const CopyAxis& rows, const CopyAxis& col
     }
 }
 
+// Planes of an RGB image to pixels.
+template <class T>
+void interleave_three(const T* x, int64_t x_row, T* __restrict out, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) {
+        out[3 * c] = x[c];
+        out[3 * c + 1] = x[c + x_row];
+        out[3 * c + 2] = x[c + 2 * x_row];
+    }
+}
+
 // A matrix whose rows are adjacent in x, and its columns in out. Tiles go over a cache line of rows
 // before they go to the next columns, so that whole lines of out are written.
 template <class T>
 void transpose(const T* x, T* out, const CopyAxis& rows, const CopyAxis& columns) {
+    if (rows.size == 3 && columns.out_stride == 3) {
+        interleave_three(x, rows.x_stride, out, columns.size);
+        return;
+    }
     constexpr int64_t kLine = 64 / sizeof(T);
     const int64_t whole_rows = rows.size / kSide<T> * kSide<T>;
     const int64_t whole_columns = columns.size / kSide<T> * kSide<T>;

@@ -38,6 +38,7 @@ struct PoolOperands {
 // A task is an output row of a block of channels of one image.
 struct PoolPlan : Cut {
     int64_t blocks;
+    int64_t strip;  // outputs whose columns are held at once
 };
 
 template <class T>

@@ -7,11 +7,12 @@ namespace cvfast {
 
 #ifndef CVFAST_POOL_RANGE
 #define CVFAST_POOL_RANGE
-// What one call computes: rows of one channel block of one image.
+// What one call computes: rows of one channel block of one image, `strip` outputs at a time.
 struct PoolRange {
     int64_t image;
     int64_t channel_begin, channel_end;
     int64_t row_begin, row_end;
+    int64_t strip;
 };
 
 // The taps of a window along one axis.
@@ -57,8 +58,9 @@ CVFAST_INLINE Vec load_channels(const T* p, int n) {
     return load(p);
 }
 
-// V vectors from c on; the first `n` numbers of one vector where kPartial.
-template <PoolKind kKind, bool kScale, bool kDivide, int V, bool kPartial, class In, class Out>
+// V vectors from c on; the first `n` numbers of one vector where kPartial. kTaps 0: any number.
+template <PoolKind kKind, bool kScale, bool kDivide, int kTaps, int V, bool kPartial, class In,
+          class Out>
 CVFAST_INLINE void reduce_vectors(const PoolReduction<In, Out>& r, int64_t c, int n) {
     Vec result[V], scale[V], shift[V];
     if constexpr (kScale) {
@@ -68,7 +70,8 @@ CVFAST_INLINE void reduce_vectors(const PoolReduction<In, Out>& r, int64_t c, in
         }
     }
     const In* x = r.x + c;
-    for (int64_t tap = 0; tap < r.taps; ++tap, x += r.step) {
+    const int64_t taps = kTaps ? kTaps : r.taps;
+    for (int64_t tap = 0; tap < taps; ++tap, x += r.step) {
         CVFAST_UNROLL for (int v = 0; v < V; ++v) {
             Vec next = load_channels<In, kPartial>(x + v * kLanes, n);
             if constexpr (kScale) next = max_keep_nan(fma(next, scale[v], shift[v]), 0.f);
@@ -85,87 +88,117 @@ CVFAST_INLINE void reduce_vectors(const PoolReduction<In, Out>& r, int64_t c, in
     }
 }
 
-// `numbers` numbers of a row; there is a tap at least.
-template <PoolKind kKind, bool kScale, bool kDivide, class In, class Out>
-CVFAST_INLINE void reduce(const PoolReduction<In, Out>& r, int64_t numbers) {
+template <PoolKind kKind, bool kScale, bool kDivide, int kTaps, class In, class Out>
+CVFAST_INLINE void reduce_taps(const PoolReduction<In, Out>& r, int64_t numbers) {
     int64_t c = 0;
     for (; c + 4 * kLanes <= numbers; c += 4 * kLanes) {
-        reduce_vectors<kKind, kScale, kDivide, 4, false>(r, c, kLanes);
+        reduce_vectors<kKind, kScale, kDivide, kTaps, 4, false>(r, c, kLanes);
     }
     for (; c + kLanes <= numbers; c += kLanes) {
-        reduce_vectors<kKind, kScale, kDivide, 1, false>(r, c, kLanes);
+        reduce_vectors<kKind, kScale, kDivide, kTaps, 1, false>(r, c, kLanes);
     }
     if (c < numbers) {
         const int n = static_cast<int>(numbers - c);
-        reduce_vectors<kKind, kScale, kDivide, 1, true>(r, c, n);
+        reduce_vectors<kKind, kScale, kDivide, kTaps, 1, true>(r, c, n);
     }
 }
 
-// Down the columns of an output row's windows: a row of sums, or of maxima, over the image's width.
+// `numbers` numbers of a row; there is a tap at least.
+template <PoolKind kKind, bool kScale, bool kDivide, class In, class Out>
+CVFAST_INLINE void reduce(const PoolReduction<In, Out>& r, int64_t numbers) {
+    switch (r.taps) {
+        case 2:
+            return reduce_taps<kKind, kScale, kDivide, 2>(r, numbers);
+        case 3:
+            return reduce_taps<kKind, kScale, kDivide, 3>(r, numbers);
+        default:
+            return reduce_taps<kKind, kScale, kDivide, 0>(r, numbers);
+    }
+}
+
+// Down the columns [begin, end) of an output row's windows: a row of sums, or of maxima.
 template <PoolKind kKind, bool kScale, class T>
-CVFAST_INLINE void reduce_columns(const PoolShape& s, const T* x, const float* scale,
-                                  const float* shift, const PoolTaps& taps, int64_t channels,
-                                  float* row) {
-    PoolReduction<T, float> r{
-        x + taps.first * s.x_row, s.dilation_h * s.x_row, taps.count, scale, shift, 1.f, row};
+CVFAST_INLINE void reduce_columns(const PoolShape& s, const PoolOperands<T>& o,
+                                  const PoolTaps& taps, int64_t channels, int64_t begin,
+                                  int64_t end, float* row) {
+    PoolReduction<T, float> r{o.x + taps.first * s.x_row + begin * s.x_pixel,
+                              s.dilation_h * s.x_row,
+                              taps.count,
+                              o.scale,
+                              o.shift,
+                              1.f,
+                              row};
     if (!kScale && s.x_pixel == channels) {
-        reduce<kKind, false, false>(r, s.width * channels);
+        reduce<kKind, false, false>(r, (end - begin) * channels);
         return;
     }
-    for (int64_t pixel = 0; pixel < s.width; ++pixel) {
+    for (int64_t column = begin; column < end; ++column) {
         reduce<kKind, kScale, false>(r, channels);
         r.x += s.x_pixel;
         r.out += channels;
     }
 }
 
+// `channels` channels of the outputs [begin, end) of row y, of the image that the operands point
+// to.
 template <PoolKind kKind, class T>
-void pool_rows_of(const PoolShape& s, const PoolOperands<T>& o, const PoolRange& range,
-                  float* row) {
-    const int64_t channels = range.channel_end - range.channel_begin;
-    const T* x = o.x + range.image * s.x_image + range.channel_begin;
-    const float *scale = nullptr, *shift = nullptr;
-    if (o.scale != nullptr) {
-        scale = o.scale + range.channel_begin;
-        shift = o.shift + range.channel_begin;
-    }
-    for (int64_t y = range.row_begin; y < range.row_end; ++y) {
-        const PoolTaps down(y, s.stride_h, s.kernel_h, s.pad_h, s.dilation_h, s.height);
-        if (kKind == PoolKind::average && scale != nullptr) {
-            reduce_columns<kKind, true>(s, x, scale, shift, down, channels, row);
+void pool_strip(const PoolShape& s, const PoolOperands<T>& o, int64_t channels, int64_t y,
+                int64_t begin, int64_t end, float* row) {
+    const PoolTaps down(y, s.stride_h, s.kernel_h, s.pad_h, s.dilation_h, s.height);
+    const int64_t left = std::clamp<int64_t>(begin * s.stride_w - s.pad_w, 0, s.width);
+    const int64_t last = (end - 1) * s.stride_w - s.pad_w + (s.kernel_w - 1) * s.dilation_w;
+    const int64_t right = std::clamp<int64_t>(last + 1, left, s.width);
+    if (down.count > 0) {
+        if (kKind == PoolKind::average && o.scale != nullptr) {
+            reduce_columns<kKind, true>(s, o, down, channels, left, right, row);
         } else {
-            reduce_columns<kKind, false>(s, x, scale, shift, down, channels, row);
+            reduce_columns<kKind, false>(s, o, down, channels, left, right, row);
         }
-        T* out = o.out + range.image * s.out_image + y * s.out_row + range.channel_begin;
-        for (int64_t column = 0; column < s.out_width; ++column, out += s.out_pixel) {
-            const PoolTaps along(column, s.stride_w, s.kernel_w, s.pad_w, s.dilation_w, s.width);
-            if (down.count == 0 || along.count == 0) {
-                const float empty = kKind == PoolKind::max ? -__builtin_inff() : 0.f;
-                std::fill_n(out, channels, from_float<T>(empty));
-                continue;
-            }
-            int64_t divisor = s.divisor;
-            if (divisor == 0) {
-                divisor = s.count_padding ? down.padded * along.padded : down.count * along.count;
-            }
-            const PoolReduction<float, T> r{row + along.first * channels,
-                                            s.dilation_w * channels,
-                                            along.count,
-                                            nullptr,
-                                            nullptr,
-                                            float(divisor),
-                                            out};
-            reduce<kKind, false, kKind == PoolKind::average>(r, channels);
+    }
+    T* out = o.out + y * s.out_row + begin * s.out_pixel;
+    for (int64_t column = begin; column < end; ++column, out += s.out_pixel) {
+        const PoolTaps along(column, s.stride_w, s.kernel_w, s.pad_w, s.dilation_w, s.width);
+        if (down.count == 0 || along.count == 0) {
+            const float empty = kKind == PoolKind::max ? -__builtin_inff() : 0.f;
+            std::fill_n(out, channels, from_float<T>(empty));
+            continue;
         }
+        int64_t divisor = s.divisor;
+        if (divisor == 0) {
+            divisor = s.count_padding ? down.padded * along.padded : down.count * along.count;
+        }
+        const PoolReduction<float, T> r{row + (along.first - left) * channels,
+                                        s.dilation_w * channels,
+                                        along.count,
+                                        nullptr,
+                                        nullptr,
+                                        static_cast<float>(divisor),
+                                        out};
+        reduce<kKind, false, kKind == PoolKind::average>(r, channels);
     }
 }
 
 template <class T>
-void pool_rows(const PoolShape& s, const PoolOperands<T>& o, const PoolRange& range, float* row) {
-    if (s.kind == PoolKind::max) {
-        pool_rows_of<PoolKind::max>(s, o, range, row);
-    } else {
-        pool_rows_of<PoolKind::average>(s, o, range, row);
+void pool_rows(const PoolShape& s, const PoolOperands<T>& operands, const PoolRange& range,
+               float* row) {
+    const int64_t channels = range.channel_end - range.channel_begin;
+    PoolOperands<T> o = operands;
+    o.x += range.image * s.x_image + range.channel_begin;
+    o.out += range.image * s.out_image + range.channel_begin;
+    if (o.scale != nullptr) {
+        o.scale += range.channel_begin;
+        o.shift += range.channel_begin;
+    }
+    // Rows of the image are read from left to right, so that what lies in memory streams.
+    for (int64_t y = range.row_begin; y < range.row_end; ++y) {
+        for (int64_t begin = 0; begin < s.out_width; begin += range.strip) {
+            const int64_t end = std::min(begin + range.strip, s.out_width);
+            if (s.kind == PoolKind::max) {
+                pool_strip<PoolKind::max>(s, o, channels, y, begin, end, row);
+            } else {
+                pool_strip<PoolKind::average>(s, o, channels, y, begin, end, row);
+            }
+        }
     }
 }
 
