@@ -66,6 +66,7 @@ def optimize(
     on_unsupported: str = "skip",
     verify: str = "auto",
     dry_run: bool = False,
+    winograd: str = "F2",
 ) -> OptimizedModule:
     """A copy of ``model`` that runs on fused kernels; ``model`` itself is left untouched.
 
@@ -93,6 +94,9 @@ def optimize(
             ``"raise"`` raises instead.
         verify: ``"auto"`` compares the outputs, ``"layers"`` also every site's, ``"off"`` nothing.
         dry_run: plan, verify and report only: the result runs the original.
+        winograd: what 3x3 convolutions on the CPU may use where it is faster: ``"F2"``, Winograd's
+            F(2x2, 3x3), as accurate as PyTorch; ``"F4"``, also F(4x4, 3x3), which computes less
+            with an error up to twice as large (docs/kernels/conv.md); ``"off"``, neither.
 
     Returns:
         The optimised network; its ``.report`` says what was fused, what was not and why.
@@ -121,6 +125,7 @@ def optimize(
         on_unsupported=on_unsupported,
         verify=verify,
         dry_run=dry_run,
+        winograd=winograd,
     )
     source = model.original if isinstance(model, OptimizedModule) else model
     with inference_mode(False):  # its tensors could not be written to outside

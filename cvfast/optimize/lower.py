@@ -302,7 +302,7 @@ class _Lowering:
             row.reason, row.detail = site.skip
             return row, None
         calls, reason = _candidates(
-            site, self.planned, self.options.backend, self.use_channels_last
+            site, self.planned, self.options, self.use_channels_last
         )
         if not calls:
             row.reason, row.detail = reason
@@ -519,10 +519,10 @@ def _use_channels_last(memory_format: str, planned: torch.device | None, sites: 
 
 
 def _candidates(
-    site: Site, planned: torch.device | None, wanted: str, channels_last: bool
+    site: Site, planned: torch.device | None, options: Options, channels_last: bool
 ) -> tuple[list[_Call], tuple[str, str]]:
     """Kernel calls that can compute the site, the preferred first; if there are none, why."""
-    device = planned or site.device
+    device, wanted = planned or site.device, options.backend
     calls: list[_Call] = []
     refusals: list[tuple[str, str]] = []
 
@@ -532,7 +532,7 @@ def _candidates(
         else:
             refusals.append(refusal)
 
-    if (kernel := _own_kernel(site, wanted)) is not None:
+    if (kernel := _own_kernel(site, options)) is not None:
         wished = backends.preferred(device) if wanted == "auto" else (wanted,)
         own = [backend for backend in wished if backend in kernel.backends]
         if wanted == "auto" and "cuda" in own and not _has_tile_kernel(site):
@@ -574,7 +574,7 @@ class _Kernel(NamedTuple):
     call: Callable[[Site, str], _Call]
 
 
-def _own_kernel(site: Site, wanted: str) -> _Kernel | None:
+def _own_kernel(site: Site, options: Options) -> _Kernel | None:
     """The kernel of cvfast's own for the site: with ``auto`` only where it beats oneDNN."""
     if site.is_depthwise:
         return _Kernel("depthwise", DEPTHWISE_BACKENDS, DEPTHWISE_DTYPES, _depthwise_call)
@@ -582,16 +582,18 @@ def _own_kernel(site: Site, wanted: str) -> _Kernel | None:
         return _Kernel("pointwise", ("cpu",), POINTWISE_DTYPES, _pointwise_call)
     dense = site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
     # In bfloat16 oneDNN multiplies at twice the rate.
-    if dense and (wanted != "auto" or site.dtype == torch.float32):
-        return _Kernel("convolution", ("cpu",), CONV_DTYPES, _conv_call)
+    if dense and (options.backend != "auto" or site.dtype == torch.float32):
+        return _Kernel("convolution", ("cpu",), CONV_DTYPES, partial(_conv_call, options.winograd))
     return None
 
 
-def _conv_algorithm(site: Site) -> str:
+def _conv_algorithm(site: Site, winograd: str) -> str:
+    if winograd == "off":
+        return "direct"
     geometry = site.geometry
     return choose_algorithm(
         shape_hint(site.source), shape_hint(site.weight), stride=geometry.stride,
-        padding=geometry.padding, dilation=geometry.dilation,
+        padding=geometry.padding, dilation=geometry.dilation, allow_f4=winograd == "F4",
     )  # fmt: skip
 
 
@@ -681,9 +683,9 @@ def _pointwise_call(site: Site, backend: str) -> _Call:
     return _own_call(site, backend, POINTWISE, POINTWISE_ACTIVATIONS, pack, arguments)
 
 
-def _conv_call(site: Site, backend: str) -> _Call:
+def _conv_call(winograd: str, site: Site, backend: str) -> _Call:
     geometry, out_channels = site.geometry, shape_hint(site.conv)[1]
-    algorithm = _conv_algorithm(site)
+    algorithm = _conv_algorithm(site, winograd)
 
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         # A transform would spread a NaN among the weights over its kernel.

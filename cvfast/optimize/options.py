@@ -34,12 +34,14 @@ class Options:
     on_unsupported: str = "skip"
     verify: str = "auto"
     dry_run: bool = False
+    winograd: str = "F2"
     target: Device | None = None
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
         _one_of("select", self.select, ("heuristic", "measure"))
         _one_of("on_unsupported", self.on_unsupported, ("skip", "raise"))
+        _one_of("winograd", self.winograd, ("F2", "F4", "off"))
         _one_of("verify", self.verify, ("auto", "layers", "off"))
         if isinstance(self.memory_format, torch.memory_format):
             name = _TORCH_FORMATS.get(self.memory_format, self.memory_format)
