@@ -1,5 +1,8 @@
 #include "cpu/conv.h"
 
+#include <limits>
+#include <utility>
+
 #include "cpu/winograd.h"
 
 #define CVFAST_KERNEL_SOURCE "cpu/conv_kernel.h"
@@ -15,61 +18,88 @@ constexpr int64_t kMinColumns = 56;
 
 // Threads pay when each has at least this many nanoseconds of work: waking one costs about 3 us.
 constexpr double kNanosecondsPerThread = 4000;
-constexpr double kFlopsPerNanosecond = 100;
+constexpr double kMultiplyAddsPerNanosecond = 100;
+constexpr double kBytesPerNanosecond = 60;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int useful_threads(const ConvShape& s, int threads) {
     const double outputs =
         double(s.batch) * double(s.out_height * s.out_width) * double(s.out_channels);
-    const double flops = 2 * outputs * double(s.kernel_h * s.kernel_w) * double(s.in_channels);
-    const double worth = flops / kFlopsPerNanosecond / kNanosecondsPerThread;
+    const double products = outputs * double(s.kernel_h * s.kernel_w) * double(s.in_channels);
+    const double worth = products / kMultiplyAddsPerNanosecond / kNanosecondsPerThread;
     return worth >= threads ? threads : std::max(1, static_cast<int>(worth));
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns) {
     return packed_rows(s, rows, columns).floats() * int64_t{sizeof(float)};
 }
 
+// A kernel of one row as one of one column, and the images with it: taps beyond the image are left
+// out by the row of outputs.
+ConvShape upright(ConvShape s) {
+    if (s.kernel_h > 1 || s.kernel_w == 1 || s.in_channels < 16) return s;
+    std::swap(s.height, s.width);
+    std::swap(s.out_height, s.out_width);
+    std::swap(s.kernel_h, s.kernel_w);
+    std::swap(s.stride_h, s.stride_w);
+    std::swap(s.pad_top, s.pad_left);
+    std::swap(s.dilation_h, s.dilation_w);
+    for (ImageStrides* strides : {&s.x, &s.x2, &s.residual, &s.out}) {
+        std::swap(strides->row, strides->pixel);
+    }
+    return s;
+}
+
 ConvPlan direct_plan(const ConvShape& s, int threads) {
-    const int64_t panels = ceil_div(s.out_channels, kConvPanel);
     ConvPlan plan{};
     plan.threads = threads;
     plan.images = 1;
-    plan.rows = s.out_height;
     plan.columns = s.out_width;
     while (plan.columns > kMinColumns && packed_bytes(s, 1, plan.columns) > kPackedBytes) {
         plan.columns = ceil_div(plan.columns, 2);
     }
+    const int64_t column_blocks = ceil_div(s.out_width, plan.columns);
     const int64_t one = packed_bytes(s, 1, plan.columns);
-    if (const int64_t all = packed_bytes(s, plan.rows, plan.columns); all > kPackedBytes) {
-        const int64_t more = plan.rows == 1 ? 1 : (all - one) / (plan.rows - 1);
-        plan.rows = std::max<int64_t>(1, 1 + (kPackedBytes - one) / more);
-    } else if (plan.columns == s.out_width) {
-        plan.images = std::clamp(kPackedBytes / all, int64_t{1}, s.batch);
+    const int64_t all = packed_bytes(s, s.out_height, plan.columns);
+    int64_t least_blocks = 1, most_images = 1;
+    if (all > kPackedBytes) {
+        const int64_t more = s.out_height == 1 ? 1 : (all - one) / (s.out_height - 1);
+        const int64_t rows = std::max<int64_t>(1, 1 + (kPackedBytes - one) / more);
+        least_blocks = ceil_div(s.out_height, rows);
+    } else if (column_blocks == 1) {
+        most_images = std::clamp(kPackedBytes / all, int64_t{1}, s.batch);
     }
 
-    // Threads share out the larger operand, and each reads all of the smaller.
-    const int64_t weights = s.kernel_h * s.kernel_w * s.out_channels;
-    const int64_t inputs = s.batch * s.height * s.width;
-    plan.channel_blocks = weights > inputs && panels >= 2 * threads ? threads : 1;
-    const auto row_blocks = [&] { return ceil_div(s.out_height, plan.rows); };
-    if (plan.channel_blocks == 1 && threads > 1) {
-        const int64_t share = ceil_div(s.batch, threads);
-        plan.images = std::min(plan.images, std::max<int64_t>(1, share));
-        if (plan.images == 1) {
-            const int64_t others = s.batch * ceil_div(s.out_width, plan.columns);
-            int64_t blocks = row_blocks();
-            while (others * blocks % threads && blocks < s.out_height) ++blocks;
-            plan.rows = ceil_div(s.out_height, blocks);
+    // Of the ways to share out pixels and channels, the one whose slowest thread has least to do.
+    const int64_t panels = ceil_div(s.out_channels, kConvPanel);
+    const double taps = double(s.kernel_h * s.kernel_w) * double(s.in_channels);
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t channel_blocks = 1; channel_blocks <= std::min<int64_t>(threads, panels);
+         ++channel_blocks) {
+        const int64_t parts = std::max<int64_t>(1, threads / channel_blocks);
+        const int64_t images = std::min(most_images, ceil_div(s.batch, parts));
+        const int64_t others = ceil_div(s.batch, images) * column_blocks;
+        int64_t row_blocks = least_blocks;
+        while (others * row_blocks % parts && row_blocks < s.out_height) ++row_blocks;
+        const int64_t rows = ceil_div(s.out_height, row_blocks);
+        const double blocks = double(ceil_div(others * row_blocks, parts));
+        const double pixels = double(images * rows * plan.columns);
+        const double channels = double(ceil_div(panels, channel_blocks) * kConvPanel);
+        const double packed = double(images) * double(packed_bytes(s, rows, plan.columns));
+        const double time =
+            blocks * (pixels * channels * taps / kMultiplyAddsPerNanosecond +
+                      (packed + channels * taps * sizeof(float)) / kBytesPerNanosecond);
+        if (time < least) {
+            least = time;
+            plan.images = images;
+            plan.row_blocks = row_blocks;
+            plan.channel_blocks = channel_blocks;
         }
     }
-    plan.pixel_blocks =
-        ceil_div(s.batch, plan.images) * row_blocks() * ceil_div(s.out_width, plan.columns);
-    constexpr int64_t kSums = 14 * 2 * kConvPanel;  // of the widest register tile
-    const int64_t offsets = ceil_div(s.kernel_h * s.kernel_w, 8) * 8 * int64_t{sizeof(int64_t)};
-    plan.scratch_bytes = kSums * int64_t{sizeof(float)} + offsets +
-                         plan.images * packed_bytes(s, plan.rows, plan.columns);
+    const int64_t rows = ceil_div(s.out_height, plan.row_blocks);
+    plan.pixel_blocks = ceil_div(s.batch, plan.images) * plan.row_blocks * column_blocks;
+    plan.scratch_bytes = run_list_bytes(s) + plan.images * packed_bytes(s, rows, plan.columns);
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
@@ -82,15 +112,14 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
 
     const int64_t panels = ceil_div(s.out_channels, kConvPanel);
     const int64_t column_blocks = ceil_div(s.out_width, plan.columns);
-    const int64_t row_blocks = ceil_div(s.out_height, plan.rows);
     const int64_t channels = task / plan.pixel_blocks, pixels = task % plan.pixel_blocks;
     const int64_t column = pixels % column_blocks * plan.columns;
-    const int64_t row = pixels / column_blocks % row_blocks * plan.rows;
-    const int64_t image = pixels / column_blocks / row_blocks * plan.images;
+    const int64_t row_block = pixels / column_blocks % plan.row_blocks;
+    const int64_t image = pixels / column_blocks / plan.row_blocks * plan.images;
     const ConvBlock block{image,
                           std::min(s.batch, image + plan.images),
-                          row,
-                          std::min(s.out_height, row + plan.rows),
+                          row_block * s.out_height / plan.row_blocks,
+                          (row_block + 1) * s.out_height / plan.row_blocks,
                           column,
                           std::min(s.out_width, column + plan.columns),
                           channels * panels / plan.channel_blocks,
@@ -103,19 +132,18 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
 template <class T>
 ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads) {
     threads = useful_threads(s, threads);
-    return s.algorithm == ConvAlgorithm::direct ? direct_plan(s, threads)
+    return s.algorithm == ConvAlgorithm::direct ? direct_plan(upright(s), threads)
                                                 : winograd_plan(s, threads);
 }
 
 template <class T>
 void run_tasks(const ConvShape& s, const ConvOperands<T>& operands, const ConvPlan& plan,
                int64_t begin, int64_t end, void* scratch) {
-    for (int64_t task = begin; task < end; ++task) {
-        if (s.algorithm == ConvAlgorithm::direct) {
-            direct_task(s, plan, operands, task, scratch);
-        } else {
-            winograd_task(s, plan, operands, task, scratch);
-        }
+    if (s.algorithm == ConvAlgorithm::direct) {
+        const ConvShape shape = upright(s);
+        for (; begin < end; ++begin) direct_task(shape, plan, operands, begin, scratch);
+    } else {
+        for (; begin < end; ++begin) winograd_task(s, plan, operands, begin, scratch);
     }
 }
 

@@ -17,7 +17,8 @@ inline constexpr int kConvPanel = 16;
 // dilation 1.
 enum class ConvAlgorithm : int { direct, winograd_f2, winograd_f4 };
 
-// Elements from image to image, row to row, pixel to pixel. Channels are adjacent.
+// Elements from image to image, row to row, pixel to pixel. Channels are adjacent, but see
+// has_few_channels().
 struct ImageStrides {
     int64_t image, row, pixel;
 };
@@ -25,6 +26,7 @@ struct ImageStrides {
 struct ConvShape {
     int64_t batch, in_channels, height, width;
     int64_t x_channels;  // of in_channels, those of x; x2 has the others. All, or a multiple of 16
+    int64_t x_channel = 1;  // elements from channel to channel of x; but see has_few_channels()
     int64_t out_channels, out_height, out_width;
     int64_t kernel_h, kernel_w;
     int64_t stride_h, stride_w;
@@ -34,6 +36,10 @@ struct ConvShape {
     Activation activation;
     ConvAlgorithm algorithm;  // that the weights are packed for
 };
+
+// Whether the direct algorithm packs no blocks of 16 channels, for most would be empty: the stem of
+// a network. It then also takes an x whose pixels are adjacent and whose channels lie apart.
+inline bool has_few_channels(const ConvShape& s) { return s.in_channels < 16 && s.dilation_w == 1; }
 
 // out = activation(bias + weight (*) [x, x2] + residual); T: float, BFloat16 or Half, sums are
 // float. x2 and residual may be null.
@@ -54,8 +60,8 @@ struct ConvOperands {
 // number of threads, the results do not.
 struct ConvPlan : Cut {
     int64_t pixel_blocks, channel_blocks;
-    int64_t images, rows, columns;  // direct: of one pixel block at most
-    int64_t tiles;                  // Winograd: of one pixel block at most
+    int64_t images, row_blocks, columns;  // direct: a pixel block's images and columns at most
+    int64_t tiles;                        // Winograd: of one pixel block at most
 };
 
 template <class T>

@@ -31,7 +31,7 @@ ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
                      const std::vector<int64_t>& dilation, const std::string& activation) {
     STD_TORCH_CHECK(x.dim() == 4, "cvfast::conv_cpu: x must be [N, C, H, W], got ", x.dim(),
                     " dimensions");
-    check_image("conv_cpu", "x", x, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    STD_TORCH_CHECK(x.is_cpu(), "cvfast::conv_cpu: x must be on the CPU");
     STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
                         dilation.size() == 2,
                     "cvfast::conv_cpu: kernel_size, stride, padding and dilation take two numbers "
@@ -45,6 +45,7 @@ ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
     s.batch = x.size(0), s.height = x.size(2), s.width = x.size(3);
     s.in_channels = s.x_channels = x.size(1);
     s.x = strides_of(x);
+    s.x_channel = channels_adjacent(x) ? 1 : x.stride(1);
     if (x2) {
         STD_TORCH_CHECK(x2->dim() == 4, "cvfast::conv_cpu: x2 must be [N, C, H, W], got ",
                         x2->dim(), " dimensions");
@@ -64,6 +65,12 @@ ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
     s.out_height = positions(s.height, s.pad_top, s.dilation_h, s.kernel_h, s.stride_h);
     s.out_width = positions(s.width, s.pad_left, s.dilation_w, s.kernel_w, s.stride_w);
     s.activation = parse_activation(activation);
+    // Pixels of a single column lie side by side, whatever their stride.
+    if (s.width == 1 && s.x_channel != 1) s.x.pixel = 1;
+    STD_TORCH_CHECK(s.x_channel == 1 || (has_few_channels(s) && s.x.pixel == 1),
+                    "cvfast::conv_cpu: x must be channels-last (stride 1 along C); or, with fewer "
+                    "than 16 channels and no dilation along rows, contiguous. Use "
+                    "contiguous(memory_format=torch.channels_last)");
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
                     "cvfast::conv_cpu: the kernel is larger than the padded image ", s.height, "x",
                     s.width);
@@ -84,8 +91,11 @@ void run_conv(ConvShape s, const Tensor& x, const Tensor& packed,
                     s.kernel_h, "x", s.kernel_w, " kernel from ", s.in_channels, " to ",
                     s.out_channels,
                     " channels; algorithms of Winograd's take stride and dilation 1");
-    if (s.batch == 0) return;
     s.algorithm = *algorithm;
+    STD_TORCH_CHECK(s.x_channel == 1 || s.algorithm == ConvAlgorithm::direct,
+                    "cvfast::conv_cpu: weights packed for Winograd's algorithms need a "
+                    "channels-last x; pack them for 'direct'");
+    if (s.batch == 0) return;
     with_element_type("conv_cpu", x, [&]<class T>(std::type_identity<T>) {
         const ConvOperands<T> operands{
             static_cast<const T*>(x.const_data_ptr()), data_or_null<T>(x2),

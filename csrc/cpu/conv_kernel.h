@@ -2,7 +2,8 @@
 //
 // The input rows that a block of outputs reads are brought into scratch memory once, as float, with
 // the padding's zeros and in the order that tiles read them; all output channels then read them
-// from there. An element is copied once per block, not once per tap.
+// from there. An element is copied once per block, not once per tap. Taps whose row lies above or
+// below the image are left out.
 
 #include "cpu/tile_product.h"
 
@@ -18,25 +19,54 @@ struct ConvBlock {
     int64_t panel_begin, panel_end;
 };
 
-// Scratch memory of a block: input rows as [row][channel block][phase][position][16]. Column u of
-// the padded block is position u / stride of phase u % stride, so that neighbouring outputs read
-// neighbouring positions at any stride.
+// Scratch memory of a block, in floats: its input rows, in one of three orders.
+//
+// blocked   [row][channel block][phase][position][16]; column u of the padded block is position
+//           u / stride of phase u % stride, so that neighbouring outputs read neighbouring
+//           positions at any stride
+// pixels    [row][column][channel], few channels: a kernel row's products lie in a run
+// planes    [row][channel][column], few channels of a source whose columns are adjacent
+enum class RowOrder { blocked, pixels, planes };
+
 struct PackedRows {
-    int64_t positions;  // per phase
-    int64_t block;      // floats, of one channel block of one row
+    RowOrder order;
+    int64_t columns;    // of the padded block
+    int64_t positions;  // blocked: per phase
+    int64_t pixel;      // from output to output
+    int64_t block;      // blocked: from channel block to channel block
     int64_t row;
     int64_t rows;  // per image
     int64_t floats() const { return row * rows; }
 };
 
 inline PackedRows packed_rows(const ConvShape& s, int64_t rows, int64_t columns) {
-    PackedRows p;
-    const int64_t width = (columns - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
-    p.positions = (width + s.stride_w - 1) / s.stride_w;
-    p.block = s.stride_w * p.positions * 16;
-    p.row = (s.in_channels + 15) / 16 * p.block;
+    PackedRows p{};
+    p.columns = (columns - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
     p.rows = (rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    if (!has_few_channels(s)) {
+        p.order = RowOrder::blocked;
+        // An odd number: channel blocks a multiple of 4096 bytes apart would share an L1 set.
+        p.positions = (p.columns + s.stride_w - 1) / s.stride_w | 1;
+        p.pixel = 16;
+        p.block = s.stride_w * p.positions * 16;
+        p.row = (s.in_channels + 15) / 16 * p.block;
+    } else {
+        p.order = s.x_channel == 1 ? RowOrder::pixels : RowOrder::planes;
+        p.pixel = p.order == RowOrder::pixels ? s.stride_w * s.in_channels : s.stride_w;
+        p.row = s.in_channels * p.columns;
+    }
     return p;
+}
+
+// Runs of the products of one output, per kernel row.
+inline int64_t runs_per_kernel_row(const ConvShape& s) {
+    if (!has_few_channels(s)) return s.kernel_w * ((s.in_channels + 15) / 16);
+    return s.x_channel == 1 ? 1 : s.in_channels;
+}
+
+inline int64_t run_list_bytes(const ConvShape& s) {
+    const int64_t bytes = s.kernel_h * runs_per_kernel_row(s) * int64_t{sizeof(TileRun)};
+    return (bytes + 63) / 64 * 64;
 }
 #endif
 
@@ -46,139 +76,210 @@ inline void fill_zero(float* p, int64_t count) {
     std::memset(p, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
+// Copies neighbouring elements, as float.
 template <class T>
-CVFAST_INLINE void pack_pixel(const T* x, int channels, float* packed) {
-    CVFAST_UNROLL for (int v = 0; v < kPanelVectors; ++v) {
-        const int n = channels - v * kLanes;
-        if (n >= kLanes) {
-            store(packed + v * kLanes, load(x + v * kLanes));
-        } else if (n > 0) {
-            store(packed + v * kLanes, load_n(x + v * kLanes, n));
+CVFAST_INLINE void copy(const T* x, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(x + i));
+    if (i < count) {
+        const int n = static_cast<int>(count - i);
+        store_n(to + i, load_n(x + i, n), n);
+    }
+}
+
+// Copies a pixel's last `n` channels, fewer than a block, and zeros behind them.
+template <class T>
+CVFAST_INLINE void pack_partial(const T* x, int n, float* to) {
+    CVFAST_UNROLL for (int v = 0; v < kBlock; v += kLanes) {
+        if (n - v >= kLanes) {
+            store(to + v, load(x + v));
+        } else {
+            store(to + v, n > v ? load_n(x + v, n - v) : set1(0.f));
         }
+    }
+}
+
+// Packs channels [c, c + channels), those of one source, of one row; c is a multiple of 16. `x` is
+// the source's pixel at the block's first column, which may lie left of the image.
+template <class T>
+void pack_blocked(const ConvShape& s, const PackedRows& p, const T* x, int64_t x_pixel, int64_t c,
+                  int64_t channels, int64_t left, float* row) {
+    row += c / kBlock * p.block;
+    const int64_t blocks = (channels + kBlock - 1) / kBlock;
+    for (int64_t phase = 0; phase < s.stride_w; ++phase, row += p.positions * kBlock) {
+        // Positions [begin, end) lie in the image.
+        const int64_t first = left + phase;
+        const int64_t begin =
+            std::clamp((-first + s.stride_w - 1) / s.stride_w, int64_t{0}, p.positions);
+        const int64_t end =
+            std::clamp((s.width - first + s.stride_w - 1) / s.stride_w, begin, p.positions);
+        for (int64_t block = 0; block < blocks; ++block) {
+            fill_zero(row + block * p.block, begin * kBlock);
+            fill_zero(row + block * p.block + end * kBlock, (p.positions - end) * kBlock);
+        }
+        // Block by block: written in the order of memory, which matters more than reading so.
+        for (int64_t block = 0; block < blocks; ++block) {
+            const T* from = x + (phase + begin * s.stride_w) * x_pixel + block * kBlock;
+            float* to = row + block * p.block + begin * kBlock;
+            const int64_t step = s.stride_w * x_pixel, n = channels - block * kBlock;
+            if (n >= kBlock) {
+                for (int64_t q = begin; q < end; ++q, from += step, to += kBlock) {
+                    CVFAST_UNROLL for (int v = 0; v < kBlock; v += kLanes) {
+                        store(to + v, load(from + v));
+                    }
+                }
+            } else {
+                for (int64_t q = begin; q < end; ++q, from += step, to += kBlock) {
+                    pack_partial(from, static_cast<int>(n), to);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void pack_few_channels(const ConvShape& s, const PackedRows& p, const T* x, int64_t left,
+                       float* row) {
+    const int64_t begin = std::clamp(-left, int64_t{0}, p.columns);
+    const int64_t end = std::clamp(s.width - left, begin, p.columns);
+    const bool planes = p.order == RowOrder::planes;
+    const int64_t lines = planes ? s.in_channels : 1;
+    const int64_t each = planes ? 1 : s.in_channels;  // of a column
+    x += begin * s.x.pixel;
+    for (int64_t line = 0; line < lines; ++line, x += s.x_channel, row += p.columns * each) {
+        fill_zero(row, begin * each);
+        if (s.x.pixel == each) {
+            copy(x, (end - begin) * each, row + begin * each);
+        } else {
+            for (int64_t q = begin; q < end; ++q) {
+                copy(x + (q - begin) * s.x.pixel, each, row + q * each);
+            }
+        }
+        fill_zero(row + end * each, (p.columns - end) * each);
     }
 }
 
 template <class T>
 void pack_image(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b,
                 const PackedRows& p, int64_t image, float* packed) {
-    const int64_t blocks = (s.in_channels + kBlock - 1) / kBlock;
     const int64_t top = b.row_begin * s.stride_h - s.pad_top;
     const int64_t left = b.column_begin * s.stride_w - s.pad_left;
-    for (int64_t i = 0; i < p.rows; ++i) {
-        const int64_t y = top + i;
-        for (int64_t block = 0; block < blocks; ++block, packed += p.block) {
-            if (y < 0 || y >= s.height) {
-                fill_zero(packed, p.block);
-                continue;
+    const int64_t begin = std::max(-top, int64_t{0}), end = std::min(p.rows, s.height - top);
+    for (int64_t i = begin; i < end; ++i) {
+        const auto first = [&](const T* source, const ImageStrides& strides) {
+            return source + image * strides.image + (top + i) * strides.row + left * strides.pixel;
+        };
+        float* row = packed + i * p.row;
+        if (p.order != RowOrder::blocked) {
+            pack_few_channels(s, p, first(o.x, s.x), left, row);
+            continue;
+        }
+        pack_blocked(s, p, first(o.x, s.x), s.x.pixel, 0, s.x_channels, left, row);
+        if (const int64_t more = s.in_channels - s.x_channels; more > 0) {
+            pack_blocked(s, p, first(o.x2, s.x2), s.x2.pixel, s.x_channels, more, left, row);
+        }
+    }
+}
+
+// Lists the runs, kernel row by kernel row.
+inline void list_runs(const ConvShape& s, const PackedRows& p, TileRun* run) {
+    const int64_t channels = s.in_channels;
+    for (int64_t r = 0; r < s.kernel_h; ++r) {
+        const int64_t a = r * s.dilation_h * p.row;
+        const int64_t b = r * s.kernel_w * channels * kConvPanel;
+        if (p.order == RowOrder::pixels) {
+            *run++ = {a, b, s.kernel_w * channels};
+        } else if (p.order == RowOrder::planes) {
+            for (int64_t c = 0; c < channels; ++c) {
+                *run++ = {a + c * p.columns, b + c * kConvPanel, s.kernel_w};
             }
-            const BlockSource<T> source = block_source(s, o, block);
-            const T* row = source.x + image * source.strides.image + y * source.strides.row;
-            for (int64_t phase = 0; phase < s.stride_w; ++phase) {
-                float* to = packed + phase * p.positions * kBlock;
-                // Positions [begin, end) lie in the image.
-                const int64_t first = left + phase;
-                const int64_t begin =
-                    std::clamp((-first + s.stride_w - 1) / s.stride_w, int64_t{0}, p.positions);
-                const int64_t end =
-                    std::clamp((s.width - first + s.stride_w - 1) / s.stride_w, begin, p.positions);
-                fill_zero(to, begin * kBlock);
-                const T* x = row + (first + begin * s.stride_w) * source.strides.pixel;
-                const int64_t pixel = s.stride_w * source.strides.pixel;
-                if (source.channels == kBlock) {
-                    for (int64_t q = begin; q < end; ++q, x += pixel) {
-                        pack_pixel(x, kBlock, to + q * kBlock);
-                    }
-                } else {
-                    for (int64_t q = begin; q < end; ++q, x += pixel) {
-                        pack_pixel(x, source.channels, to + q * kBlock);
-                    }
+        } else {
+            for (int64_t k = 0; k < s.kernel_w; ++k) {
+                const int64_t u = k * s.dilation_w;
+                const int64_t at = (u % s.stride_w * p.positions + u / s.stride_w) * kBlock;
+                for (int64_t c = 0; c < channels; c += kBlock) {
+                    *run++ = {a + at + c / kBlock * p.block, b + (k * channels + c) * kConvPanel,
+                              std::min<int64_t>(kBlock, channels - c)};
                 }
-                fill_zero(to + end * kBlock, (p.positions - end) * kBlock);
             }
         }
     }
 }
 
-// Bias, residual and activation of `pixels` neighbouring pixels, whose sums lie at `sums`.
-template <class T>
-void finish_pixels(const ConvShape& s, const ConvOperands<T>& o, const float* sums, int64_t image,
-                   int64_t row, int64_t column, int64_t pixels, int64_t panel, int64_t panels) {
-    const int64_t channel = panel * kConvPanel;
-    const int64_t rows = s.kernel_h * s.kernel_w * s.in_channels;  // before that of the bias
-    T* out = o.out + image * s.out.image + row * s.out.row + column * s.out.pixel + channel;
-    const T* residual = o.residual ? o.residual + image * s.residual.image + row * s.residual.row +
-                                         column * s.residual.pixel + channel
-                                   : nullptr;
-    for (int64_t c = 0; c < panels * kConvPanel && channel + c < s.out_channels; c += kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes, s.out_channels - channel - c));
-        const float* bias =
-            o.packed + ((channel + c) / kConvPanel * (rows + 1) + rows) * kConvPanel;
-        const Vec shift = load(bias + c % kConvPanel);
-        for (int64_t p = 0; p < pixels; ++p) {
-            finish(load(sums + p * kTilePanels * kConvPanel + c), shift,
-                   residual ? residual + p * s.residual.pixel + c : nullptr,
-                   out + p * s.out.pixel + c, n, s.activation);
-        }
-    }
+// Kernel rows [begin, end) lie in the image, for outputs of row `row`.
+struct KernelRows {
+    int64_t begin, end;
+    bool operator==(const KernelRows&) const = default;
+};
+
+inline KernelRows kernel_rows(const ConvShape& s, int64_t row) {
+    const int64_t top = row * s.stride_h - s.pad_top;
+    const int64_t begin =
+        std::clamp((-top + s.dilation_h - 1) / s.dilation_h, int64_t{0}, s.kernel_h);
+    const int64_t end =
+        std::clamp((s.height - top + s.dilation_h - 1) / s.dilation_h, begin, s.kernel_h);
+    return {begin, end};
 }
 
 template <class T>
 void conv_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b, void* scratch) {
     const int64_t columns = b.column_end - b.column_begin;
     const PackedRows p = packed_rows(s, b.row_end - b.row_begin, columns);
-    const int64_t taps = s.kernel_h * s.kernel_w;
-
-    float* sums = static_cast<float*>(scratch);
-    auto* offsets = reinterpret_cast<int64_t*>(sums + kTilePixels * kTilePanels * kConvPanel);
-    float* packed = reinterpret_cast<float*>(offsets + (taps + 7) / 8 * 8);
-    for (int64_t r = 0, tap = 0; r < s.kernel_h; ++r) {
-        for (int64_t k = 0; k < s.kernel_w; ++k, ++tap) {
-            const int64_t u = k * s.dilation_w;
-            offsets[tap] =
-                r * s.dilation_h * p.row + (u % s.stride_w * p.positions + u / s.stride_w) * kBlock;
-        }
-    }
+    auto* runs = static_cast<TileRun*>(scratch);
+    float* packed = reinterpret_cast<float*>(static_cast<char*>(scratch) + run_list_bytes(s));
+    list_runs(s, p, runs);
     for (int64_t image = b.image_begin; image < b.image_end; ++image) {
         pack_image(s, o, b, p, image, packed + (image - b.image_begin) * p.floats());
     }
 
-    TileProduct t;
-    t.taps = offsets;
-    t.tap_count = taps;
-    t.channels = s.in_channels;
-    t.block = p.block;
-    t.panel = (taps * s.in_channels + 1) * kConvPanel;
-    t.out = sums;
-    t.out_pixel = kTilePanels * kConvPanel;
+    const int64_t rows_of_panel = s.kernel_h * s.kernel_w * s.in_channels;  // before the bias
+    TileProduct t{};
+    t.pixel = p.pixel;
+    t.panel = (rows_of_panel + 1) * kConvPanel;
+    t.b_row = (p.order == RowOrder::planes ? s.in_channels : 1) * kConvPanel;
+    TileResult<T> result{};
+    result.residual_pixel = s.residual.pixel;
+    result.out_pixel = s.out.pixel;
+    result.activation = s.activation;
     // Narrow images: a tile takes pixels of two rows.
     const bool pairs = 2 * columns <= kTilePixels;
     const int64_t tiles = (columns + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = b.panel_begin; panel < b.panel_end; panel += kTilePanels) {
         const int64_t panels = std::min<int64_t>(kTilePanels, b.panel_end - panel);
+        const int64_t channel = panel * kConvPanel;
         t.b = o.packed + panel * t.panel;
+        result.bias = t.b + rows_of_panel * kConvPanel;
+        result.channels = std::min(panels * kConvPanel, s.out_channels - channel);
         for (int64_t image = b.image_begin; image < b.image_end; ++image) {
-            const float* first = packed + (image - b.image_begin) * p.floats();
             for (int64_t row = b.row_begin; row < b.row_end; ++row) {
-                t.a[0] = first + (row - b.row_begin) * s.stride_h * p.row;
-                if (pairs && row + 1 < b.row_end) {
-                    t.a[1] = t.a[0] + s.stride_h * p.row;
-                    tile_product<2>(columns, panels, t);
-                    finish_pixels(s, o, sums, image, row, b.column_begin, columns, panel, panels);
-                    finish_pixels(s, o, sums + columns * t.out_pixel, image, row + 1,
-                                  b.column_begin, columns, panel, panels);
-                    ++row;
-                    continue;
-                }
-                const float* a = t.a[0];
+                const KernelRows kernel = kernel_rows(s, row);
+                t.runs = runs + kernel.begin * runs_per_kernel_row(s);
+                t.run_count = (kernel.end - kernel.begin) * runs_per_kernel_row(s);
+                const bool pair = pairs && row + 1 < b.row_end && kernel_rows(s, row + 1) == kernel;
                 for (int64_t tile = 0; tile < tiles; ++tile) {
                     // Tiles of almost equal width: a rest of one pixel would run at a low rate.
                     const int64_t begin = tile * columns / tiles;
                     const int64_t pixels = (tile + 1) * columns / tiles - begin;
-                    t.a[0] = a + begin * kBlock;
-                    tile_product<1>(pixels, panels, t);
-                    finish_pixels(s, o, sums, image, row, b.column_begin + begin, pixels, panel,
-                                  panels);
+                    const int64_t column = b.column_begin + begin;
+                    for (int g = 0; g <= pair; ++g) {
+                        const int64_t y = row + g;
+                        t.a[g] = packed + (image - b.image_begin) * p.floats() +
+                                 (y - b.row_begin) * s.stride_h * p.row + begin * p.pixel;
+                        result.out[g] = o.out + image * s.out.image + y * s.out.row +
+                                        column * s.out.pixel + channel;
+                        if (o.residual) {
+                            result.residual[g] = o.residual + image * s.residual.image +
+                                                 y * s.residual.row + column * s.residual.pixel +
+                                                 channel;
+                        }
+                    }
+                    if (pair) {
+                        tile_product<2>(pixels, t, result);
+                    } else {
+                        tile_product<1>(pixels, t, result);
+                    }
                 }
+                row += pair;
             }
         }
     }

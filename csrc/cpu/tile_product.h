@@ -2,33 +2,50 @@
 // or two panels of output channels, summed over taps and channels in registers. Included once per
 // ISA.
 //
-// Pixels lie 16 floats apart, in blocks of 16 channels: one pointer and constant offsets reach all
-// of a tile. Per channel, 14 pixels times 32 outputs take 16 loads for 28 multiply-adds, so
+// Per word of input channels, 14 pixels times 32 outputs take 16 loads for 28 multiply-adds, so
 // arithmetic is the limit.
 
 namespace cvfast {
 
 #ifndef CVFAST_TILE_PRODUCT
 #define CVFAST_TILE_PRODUCT
-inline constexpr int kBlock = 16;  // channels of a block, and floats from pixel to pixel
+// Words (of 32 bits) that a pixel has in a channel block: a cache line.
+inline constexpr int kBlock = 16;
 
-// out[p][n] = sum over t, c of a[p + taps[t]][c] * b[t * channels + c][n]
+// Neighbouring words of a pixel and the rows of weights that they are multiplied by: where they
+// begin, in words from the tile's first pixel and panel, and their number.
+struct TileRun {
+    int64_t a, b, rows;
+};
+
+// What is summed. The runs are a flat list: with one loop more around the innermost, GCC 12 keeps
+// the sums in memory.
 struct TileProduct {
-    const float* a[2];    // the first pixel of each group
-    const int64_t* taps;  // floats from there
-    int64_t tap_count;
-    int64_t channels;
-    int64_t block;  // floats from one block of 16 channels to the next
+    const float* a[2];  // the first pixel of each group
+    int64_t pixel;      // words from pixel to pixel
+    const TileRun* runs;
+    int64_t run_count;
     const float* b;
-    int64_t panel;  // floats from panel to panel
-    float* out;
+    int64_t b_row;  // words from row to row
+    int64_t panel;  // words from panel to panel
+};
+
+// What becomes of the sums: activation(sum + bias + residual).
+template <class T>
+struct TileResult {
+    const float* bias;     // of the first panel; null: the sums are stored as they are
+    const T* residual[2];  // of each group, or null
+    int64_t residual_pixel;
+    T* out[2];
     int64_t out_pixel;
+    int64_t channels;
+    Activation activation;
 };
 #endif
 
 namespace CVFAST_ISA_NAMESPACE {
 
-// A tile has at least two vectors of channels. With the weights of one input channel and a
+// A tile has at least two vectors of channels. With the weights of one row and a
 // broadcast, a full tile fills the registers: 14 pixels at avx512, 6 at avx2 and neon, 2 at
 // portable.
 inline constexpr int kPanelVectors = kConvPanel / kLanes;
@@ -36,103 +53,121 @@ inline constexpr int kTilePanels = kPanelVectors == 1 ? 2 : 1;
 inline constexpr int kTileVectors = kTilePanels * kPanelVectors;
 inline constexpr int kTilePixels = (kVectors - kTileVectors - 1) / kTileVectors;
 
-// Adds the products of one channel: one element of each pixel times one row of each panel.
-template <int kGroups, int kPixels, int V>
-CVFAST_INLINE void add_channel(Vec (&acc)[kGroups * kPixels][V], const float* const (&a)[kGroups],
-                               const float* b, int64_t panel) {
-    Vec weights[V];
+template <int V>
+CVFAST_INLINE void accumulate(Vec (&sums)[V], Vec x, const Vec (&weights)[V]) {
+    if constexpr (V > 1) opaque(x);
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-        weights[v] = load(b + v / kPanelVectors * panel + v % kPanelVectors * kLanes);
-        opaque(weights[v]);
-    }
-    CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
-        Vec x = set1(a[r / kPixels][r % kPixels * kBlock]);
-        if constexpr (V > 1) opaque(x);
-        CVFAST_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = fma(x, weights[v], acc[r][v]);
+        sums[v] = fma(x, weights[v], sums[v]);
+        opaque(sums[v]);  // pins the sum to its register
     }
 }
 
-// kGroups runs of kPixels pixels, times kPanels panels.
-template <int kGroups, int kPixels, int kPanels>
-void tile_product(const TileProduct& t) {
-    constexpr int kRows = kGroups * kPixels;
-    constexpr int V = kPanels * kPanelVectors;
-    Vec acc[kRows][V];
-    CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
-        CVFAST_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = set1(0.f);
+CVFAST_INLINE Vec broadcast_word(const char* p) {
+    float word;
+    std::memcpy(&word, p, sizeof word);
+    return set1(word);
+}
+
+// Bias, residual and activation; stores the result.
+template <int kGroups, int kPixels, int V, class T>
+CVFAST_INLINE void finish_tile(Vec (&sums)[kGroups * kPixels][V], int64_t panel,
+                               const TileResult<T>& t) {
+    // Only the last vector may be partial; with std::clamp here, GCC 12 keeps the sums in memory.
+    const auto lanes = [&t](int v) {
+        return v == V - 1 ? static_cast<int>(t.channels) - v * kLanes : kLanes;
+    };
+    if (t.bias != nullptr) {
+        Vec bias[V];
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+            bias[v] = load(t.bias + v / kPanelVectors * panel + v % kPanelVectors * kLanes);
+        }
+        CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = add(sums[r][v], bias[v]);
+        }
+        if (t.residual[0] != nullptr) {
+            CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+                const T* residual = t.residual[r / kPixels] + r % kPixels * t.residual_pixel;
+                CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                    const T* p = residual + v * kLanes;
+                    const int n = lanes(v);
+                    sums[r][v] = add(sums[r][v], n == kLanes ? load(p) : load_n(p, n));
+                }
+            }
+        }
+        activate_all(sums, t.activation);
     }
-    const float* b = t.b;
-    const int64_t panel = t.panel;
-    for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-        const float* a[kGroups];
-        CVFAST_UNROLL for (int g = 0; g < kGroups; ++g) a[g] = t.a[g] + t.taps[tap];
-        for (int64_t c = 0; c < t.channels;) {
-            add_channel<kGroups, kPixels>(acc, a, b, panel);
-            b += kConvPanel;
-            // At the end of a block on to the next one.
-            const int64_t step = (++c & (kBlock - 1)) ? 1 : t.block - (kBlock - 1);
-            CVFAST_UNROLL for (int g = 0; g < kGroups; ++g) {
-                a[g] += step;
-                opaque(a[g]);
+    CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+        T* out = t.out[r / kPixels] + r % kPixels * t.out_pixel;
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+            if (const int n = lanes(v); n == kLanes) {
+                store(out + v * kLanes, sums[r][v]);
+            } else {
+                store_n(out + v * kLanes, sums[r][v], n);
             }
         }
     }
-    float* out = t.out;
-    CVFAST_UNROLL for (int r = 0; r < kRows; ++r, out += t.out_pixel) {
-        CVFAST_UNROLL for (int v = 0; v < V; ++v) store(out + v * kLanes, acc[r][v]);
-    }
 }
 
-// The product of `pixels` pixels per group, one of kPixels, kPixels - 1, ... 1.
-template <int kGroups, int kPixels, int kPanels>
-CVFAST_INLINE void tile_product_of(int64_t pixels, const TileProduct& t) {
+// kGroups times kPixels neighbouring pixels, times V vectors of channels.
+template <int kGroups, int kPixels, int V, class T>
+void tile_product(const TileProduct& t, const TileResult<T>& result) {
+    constexpr int kPointers = (kPixels + 4) / 5;
+    Vec sums[kGroups * kPixels][V];
+    CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+        CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = set1(0.f);
+    }
+    constexpr int64_t kWord = sizeof(float);
+    const int64_t pixel = t.pixel * kWord, panel = t.panel, b_row = t.b_row;
+    for (const TileRun *run = t.runs, *end = run + t.run_count; run != end; ++run) {
+        const char* a[kGroups * kPointers];
+        CVFAST_UNROLL for (int i = 0; i < kGroups * kPointers; ++i) {
+            a[i] = reinterpret_cast<const char*>(t.a[i / kPointers] + run->a) +
+                   i % kPointers * 5 * pixel;
+        }
+        const float* b = t.b + run->b;
+        for (int64_t rows = run->rows; rows > 0; --rows, b += b_row) {
+            Vec weights[V];
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                weights[v] = load(b + v / kPanelVectors * panel + v % kPanelVectors * kLanes);
+                opaque(weights[v]);
+            }
+            // One pointer serves five pixels: x86 adds 1, 2 or 4 times an index for free.
+            CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+                const int p = r % kPixels;
+                const char* word = a[r / kPixels * kPointers + p / 5] + p % 5 * pixel;
+                accumulate(sums[r], broadcast_word(word), weights);
+            }
+            CVFAST_UNROLL for (int i = 0; i < kGroups * kPointers; ++i) {
+                a[i] += kWord;
+                opaque(a[i]);
+            }
+        }
+    }
+    finish_tile<kGroups, kPixels>(sums, panel, result);
+}
+
+// The tile of `pixels` pixels per group, one of kPixels, kPixels - 1, ... 1.
+template <int kGroups, int kPixels, int V, class T>
+CVFAST_INLINE void tile_product_of(int64_t pixels, const TileProduct& t,
+                                   const TileResult<T>& result) {
     if constexpr (kPixels == 1) {
-        tile_product<kGroups, 1, kPanels>(t);
+        tile_product<kGroups, 1, V>(t, result);
     } else if (pixels == kPixels) {
-        tile_product<kGroups, kPixels, kPanels>(t);
+        tile_product<kGroups, kPixels, V>(t, result);
     } else {
-        tile_product_of<kGroups, kPixels - 1, kPanels>(pixels, t);
+        tile_product_of<kGroups, kPixels - 1, V>(pixels, t, result);
     }
 }
 
-template <int kGroups>
-void tile_product(int64_t pixels, int64_t panels, const TileProduct& t) {
-    if (panels == kTilePanels) {
-        tile_product_of<kGroups, kTilePixels / kGroups, kTilePanels>(pixels, t);
-    } else {
-        tile_product_of<kGroups, kTilePixels / kGroups, 1>(pixels, t);
+// The tile of as many vectors as the channels fill, at most V.
+template <int kGroups, int V = kTileVectors, class T>
+void tile_product(int64_t pixels, const TileProduct& t, const TileResult<T>& result) {
+    if constexpr (V > 1) {
+        if (result.channels <= (V - 1) * kLanes) {
+            return tile_product<kGroups, V - 1>(pixels, t, result);
+        }
     }
-}
-
-// The source of one channel block: which tensor, and from which channel.
-template <class T>
-struct BlockSource {
-    const T* x;  // channel 0 of the block, at pixel 0 of row 0 of image 0
-    ImageStrides strides;
-    int channels;
-};
-
-template <class T>
-CVFAST_INLINE BlockSource<T> block_source(const ConvShape& s, const ConvOperands<T>& o,
-                                          int64_t block) {
-    const int64_t c = block * kBlock;
-    const int channels = static_cast<int>(std::min<int64_t>(kBlock, s.in_channels - c));
-    if (c < s.x_channels) return {o.x + c, s.x, channels};
-    return {o.x2 + (c - s.x_channels), s.x2, channels};
-}
-
-// Adds bias and residual to sums of one pixel, activates and stores: `n` channels of one vector.
-template <class T>
-CVFAST_INLINE void finish(Vec sum, Vec bias, const T* residual, T* out, int n,
-                          Activation activation) {
-    sum = add(sum, bias);
-    if (n == kLanes) {
-        if (residual) sum = add(sum, load(residual));
-        store(out, activate(sum, activation));
-    } else {
-        if (residual) sum = add(sum, load_n(residual, n));
-        store_n(out, activate(sum, activation), n);
-    }
+    tile_product_of<kGroups, kTilePixels / kGroups, V>(pixels, t, result);
 }
 
 }  // namespace CVFAST_ISA_NAMESPACE

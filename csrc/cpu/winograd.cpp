@@ -46,8 +46,7 @@ ConvPlan winograd_plan(const ConvShape& s, int threads) {
     const int64_t even = (tiles + plan.pixel_blocks - 1) / plan.pixel_blocks;
     plan.tiles = even < kStep ? even : (even + kStep - 1) / kStep * kStep;
     plan.pixel_blocks = (tiles + plan.tiles - 1) / plan.tiles;
-    const WinogradScratch w = winograd_scratch(s.in_channels, taps, plan.tiles);
-    plan.scratch_bytes = (w.inputs + w.products) * int64_t{sizeof(float)};
+    plan.scratch_bytes = winograd_scratch(s.in_channels, taps, plan.tiles).bytes();
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }

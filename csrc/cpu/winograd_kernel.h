@@ -24,6 +24,10 @@ struct WinogradBlock {
 struct WinogradScratch {
     int64_t input_tap, product_tap;  // floats
     int64_t inputs, products;        // floats of all taps
+    int64_t runs;                    // of a tile's product, listed behind them
+    int64_t bytes() const {
+        return (inputs + products) * int64_t{sizeof(float)} + runs * int64_t{sizeof(TileRun)};
+    }
 };
 
 // One line more than whole pages: the taps of a tile would otherwise share a set of the L1 cache.
@@ -38,6 +42,7 @@ inline WinogradScratch winograd_scratch(int64_t channels, int64_t taps, int64_t 
     w.product_tap = apart(tiles * 2 * kConvPanel);
     w.inputs = taps * w.input_tap;
     w.products = taps * w.product_tap;
+    w.runs = (channels + kBlock - 1) / kBlock;
     return w;
 }
 #endif
@@ -94,6 +99,37 @@ struct F4 {
     static constexpr float kInverse[3][kIn] = {
         {aa * bb, 0, 0, 0, 0, 0}, {0, a * (aa - bb), a * (bb - aa), 0, 0, 0}, {0, 0, 0, 0, 0, 1}};
 };
+
+// The source of one channel block: which tensor, and from which channel.
+template <class T>
+struct BlockSource {
+    const T* x;  // channel 0 of the block, at pixel 0 of row 0 of image 0
+    ImageStrides strides;
+    int channels;
+};
+
+template <class T>
+CVFAST_INLINE BlockSource<T> block_source(const ConvShape& s, const ConvOperands<T>& o,
+                                          int64_t block) {
+    const int64_t c = block * kBlock;
+    const int channels = static_cast<int>(std::min<int64_t>(kBlock, s.in_channels - c));
+    if (c < s.x_channels) return {o.x + c, s.x, channels};
+    return {o.x2 + (c - s.x_channels), s.x2, channels};
+}
+
+// Adds bias and residual to sums of one pixel, activates and stores: `n` channels of one vector.
+template <class T>
+CVFAST_INLINE void finish(Vec sum, Vec bias, const T* residual, T* out, int n,
+                          Activation activation) {
+    sum = add(sum, bias);
+    if (n == kLanes) {
+        if (residual) sum = add(sum, load(residual));
+        store(out, activate(sum, activation));
+    } else {
+        if (residual) sum = add(sum, load_n(residual, n));
+        store_n(out, activate(sum, activation), n);
+    }
+}
 
 struct TilePosition {
     int64_t image, y, x;
@@ -304,31 +340,37 @@ template <class F, class T>
 void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
                     void* scratch) {
     constexpr int kTaps = F::kIn * F::kIn;
-    static constexpr int64_t kOneTap[] = {0};
     const int64_t tiles = b.tile_end - b.tile_begin;
     const WinogradScratch w = winograd_scratch(s.in_channels, kTaps, tiles);
     float* inputs = static_cast<float*>(scratch);
     float* products = inputs + w.inputs;
+    auto* runs = reinterpret_cast<TileRun*>(products + w.products);
+    for (int64_t i = 0; i < w.runs; ++i) {
+        runs[i] = {i * tiles * kBlock, i * kBlock * kConvPanel,
+                   std::min<int64_t>(kBlock, s.in_channels - i * kBlock)};
+    }
     transform_inputs<F>(s, o, b, inputs, w.input_tap);
 
-    TileProduct t;
-    t.taps = kOneTap;
-    t.tap_count = 1;
-    t.channels = s.in_channels;
-    t.block = tiles * kBlock;
+    TileProduct t{};
+    t.pixel = kBlock;
+    t.runs = runs;
+    t.run_count = w.runs;
+    t.b_row = kConvPanel;
     t.panel = (kTaps * s.in_channels + 1) * kConvPanel;
-    t.out_pixel = kTilePanels * kConvPanel;
+    TileResult<float> result{};
+    result.out_pixel = kTilePanels * kConvPanel;
     const int64_t parts = (tiles + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = b.panel_begin; panel < b.panel_end; panel += kTilePanels) {
         const int64_t panels = std::min<int64_t>(kTilePanels, b.panel_end - panel);
+        result.channels = panels * kConvPanel;
         for (int tap = 0; tap < kTaps; ++tap) {
             t.b = o.packed + panel * t.panel + tap * s.in_channels * kConvPanel;
             for (int64_t part = 0; part < parts; ++part) {
                 // Parts of almost equal height: a rest of one would run at a low rate.
                 const int64_t begin = part * tiles / parts;
                 t.a[0] = inputs + tap * w.input_tap + begin * kBlock;
-                t.out = products + tap * w.product_tap + begin * t.out_pixel;
-                tile_product<1>((part + 1) * tiles / parts - begin, panels, t);
+                result.out[0] = products + tap * w.product_tap + begin * result.out_pixel;
+                tile_product<1>((part + 1) * tiles / parts - begin, t, result);
             }
         }
         for (int64_t i = 0; i < panels; ++i) {

@@ -280,7 +280,9 @@ def conv_cpu(
 
     Args:
         x: [N, C, H, W], channels-last (adjacent channels; images, rows and pixels may lie apart, as
-            in a channel slice); float32, bfloat16 or float16.
+            in a channel slice); float32, bfloat16 or float16. With fewer than 16 channels and no
+            dilation along rows, the direct algorithm also takes adjacent pixels: a contiguous
+            image.
         weight: [K, C, R, S], or [K, C + C2, R, S] with ``x2``; dtype of ``x``.
         bias: [K].
         residual: [N, K, P, Q], channels-last; added before the activation.
@@ -324,7 +326,8 @@ def _cpu_check(x: Tensor) -> Reason | None:
         return Reason("device", f"x is on {x.device}, the kernel runs on the CPU")
     if x.dtype not in CPU_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
-    if x.shape[1] != 1 and x.stride(1) != 1:
+    planes = x.shape[1] < _PANEL and (x.stride(3) == 1 or x.shape[3] == 1)
+    if x.shape[1] != 1 and x.stride(1) != 1 and not planes:
         return Reason(
             "layout",
             "x is not channels-last (stride 1 along C); convert it once with "
@@ -404,7 +407,8 @@ def choose_algorithm(
     write; a tile that reaches beyond the image costs as much as one within. ``winograd_f4``, whose
     error is larger, is considered only where allowed.
     """
-    if not winograd_serves(weight_shape[2:], stride, dilation):
+    few_channels = weight_shape[1] < _PANEL  # a block of transformed channels would be half empty
+    if few_channels or not winograd_serves(weight_shape[2:], stride, dilation):
         return "direct"
     n, c = x_shape[:2]
     k = weight_shape[0]

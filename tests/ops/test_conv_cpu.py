@@ -63,9 +63,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     kind: str = "normal"
     algorithm: str = "direct"
+    planes: bool = False  # x is contiguous, its channels lie apart
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         x = image((self.batch, self.channels, *self.size), self.dtype, kind=self.kind)
+        if self.planes:
+            x = x.contiguous()
         weight = image((self.outputs, self.channels, *self.kernel), seed=1)
         weight = weight / (self.channels * self.kernel[0] * self.kernel[1]) ** 0.5
         weight = weight.to(self.dtype).contiguous()
@@ -163,7 +166,29 @@ DIRECT = [
         for k, s in itertools.product((1, 2, 3, 5, 7), (1, 2, 3))
     ),
     Case(kernel=(7, 7), stride=(2, 2), padding=(3, 3), channels=3, size=(56, 60), outputs=64),
+    # Few channels, in either layout: stems.
+    *(
+        Case(
+            kernel=(k, k),
+            stride=(s, s),
+            padding=(k // 2, k // 2),
+            channels=c,
+            size=(19, 37),
+            planes=planes,
+            residual=planes,
+        )
+        for k, s, c in ((3, 1, 1), (3, 2, 3), (7, 2, 3), (5, 2, 4), (2, 3, 15))
+        for planes in (False, True)
+    ),
+    Case(channels=3, kernel=(3, 5), padding=(4, 6), size=(2, 3), planes=True, batch=3),
+    Case(channels=3, dilation=(2, 1), planes=True),
+    Case(channels=3, dilation=(1, 2)),
+    Case(channels=3, size=(9, 1), planes=True),
     Case(kernel=(1, 7), padding=(0, 3), size=(17, 17)),
+    # Two rows to a tile, where the padding leaves both the same kernel rows.
+    Case(size=(7, 6), kernel=(5, 3), padding=(2, 1), batch=2),
+    Case(size=(7, 6), stride=(2, 1), kernel=(3, 3), padding=(3, 1)),
+    Case(kernel=(1, 3), padding=(2, 2), stride=(2, 1), dilation=(1, 2), size=(8, 9), residual=True),
     Case(kernel=(7, 1), padding=(3, 0), size=(17, 17)),
     Case(kernel=(2, 4), padding=(1, 2)),
     Case(dilation=(2, 2), padding=(2, 2)),
@@ -219,10 +244,21 @@ def test_matches_float64(case: Case, dtype: torch.dtype, level: str) -> None:
         residual=st.booleans(),
         dtype=st.sampled_from(DTYPES),
         algorithm=st.sampled_from(ALGORITHMS),
-    ).filter(
+        planes=st.booleans(),
+    )
+    .map(
+        lambda case: replace(
+            case,
+            planes=case.planes
+            and case.channels < 16
+            and case.dilation[1] == 1
+            and case.algorithm == "direct",
+        )
+    )
+    .filter(
         lambda case: (
             min(case.out_size) > 0
-            and case.outputs * prod(case.out_size) >= 64
+            and case.outputs * prod(case.out_size) >= 128
             and (
                 case.algorithm == "direct"
                 or winograd_serves(case.kernel, case.stride, case.dilation)
@@ -309,6 +345,20 @@ def test_slices_of_wider_buffers_are_read_and_written_alone(
     assert torch.equal(y, expected)
     for view in (source, addend, target):
         view.assert_untouched()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_channels_are_read_from_slices(dtype: torch.dtype, level: str) -> None:
+    """Of wider buffers in either layout: of pixels with more channels, of images with more rows."""
+    case = Case(batch=2, channels=3, size=(9, 20), stride=(2, 2), dtype=dtype)
+    x, weight, bias, _ = case.tensors()
+    wide = torch.full((2, 4, 11, 23), float("nan"), dtype=dtype)
+    wide[:, :3, 1:-1, 1:-2] = x
+    with isa(level):
+        expected = case.kernel_result(x, weight, bias, None)
+        for source in (guarded(x).tensor, wide[:, :3, 1:-1, 1:-2], x.contiguous()):
+            assert torch.equal(case.kernel_result(source, weight, bias, None), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -413,6 +463,7 @@ def test_which_algorithm_is_chosen() -> None:
     assert choose_algorithm(shape, (64, 64, 3, 3), stride=(2, 2)) == "direct"
     assert choose_algorithm(shape, (64, 64, 3, 3), dilation=(2, 2)) == "direct"
     assert choose_algorithm(shape, (64, 64, 1, 7)) == "direct"
+    assert choose_algorithm((1, 3, 256, 256), (64, 3, 3, 3), padding=(1, 1)) == "direct"
     # One output: a tile of four would compute three for nothing.
     assert choose_algorithm((1, 64, 1, 1), (64, 64, 3, 3), padding=(1, 1)) == "direct"
 
@@ -471,6 +522,16 @@ F2_WEIGHT = prepack(WEIGHT, algorithm="winograd_f2")
 RAW = [
     ({"x": X[0]}, r"x must be \[N, C, H, W\], got 3 dimensions"),
     ({"x": X.contiguous()}, "x must be channels-last"),
+    (
+        {"x": torch.zeros(1, 3, 8, 8), "packed": prepack(torch.zeros(4, 3, 3, 3)),
+         "dilation": [1, 2]},
+        "no dilation along rows",
+    ),
+    (
+        {"x": torch.zeros(1, 3, 8, 8),
+         "packed": prepack(torch.zeros(4, 3, 3, 3), algorithm="winograd_f2")},
+        "need a channels-last x",
+    ),
     ({"x": X.double()}, "x must be float32, bfloat16 or float16"),
     ({"packed": F2_WEIGHT, "stride": [2, 1]}, "algorithms of Winograd's take stride"),
     ({"packed": torch.zeros(3)}, "packed does not come from prepack"),
