@@ -107,6 +107,8 @@ def bench(
 
 def print_comparison(row: dict[str, Any]) -> None:
     """Writes one result of `comparison.compare` as a table."""
+    from cvfast.optimize.report import Execution
+
     shape = "x".join(map(str, row["shape"]))
     title = (
         f"{row['model']}  {shape}  {row['dtype']}  {row['threads']} threads  "
@@ -138,6 +140,8 @@ def print_comparison(row: dict[str, Any]) -> None:
         print("no speedup: cvfast failed its check")
     elif row["speedup"]:
         print(f"{row['speedup']:.2f}x as fast as the best peer, {row['best_peer']}")
+    if row["execution"]:
+        print(f"cvfast runs {Execution(**row['execution'])}")
     discarded = row["variants"]["cvfast"]["discarded"]
     if discarded:
         print(f"{discarded} rounds discarded: the machine ran slow")

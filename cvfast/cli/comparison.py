@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def compare(
     `with_memory` also ``memory_bytes`` (`memory_growth`) and, for peers, ``speedup``: how many
     times as long the peer takes as cvfast. ``speedup`` is ``None`` unless both passed their check.
     ``unavailable`` maps the other peers, and memory that could not be measured, to the reason.
-    ``best_peer`` is the fastest peer that passed, ``eager_error`` eager's in the same dtype.
+    ``best_peer`` is the fastest peer that passed, ``eager_error`` eager's in the same dtype,
+    ``execution`` the report's, with the arena's predicted bytes.
 
     Sets torch's number of threads, process-wide.
     """
@@ -111,6 +113,7 @@ def compare(
         "flops": work,
         "peak_flops_per_second": peak(threads, dtype),
         "coverage": optimized.report.coverage,
+        "execution": asdict(optimized.report.execution) if optimized.report.execution else None,
         "eager_error": verdicts["cvfast"].baseline_error,
         "ok": verdicts["cvfast"].ok,
         "best_peer": best,
