@@ -36,6 +36,9 @@ inline int64_t pointwise_whole_channels(int64_t out_channels) {
 
 namespace CVFAST_ISA_NAMESPACE {
 
+// Weights are fetched this many rows ahead: those of a network do not fit L2.
+inline constexpr int64_t kPrefetchRows = 16;
+
 // Pixels per tile at most: with two vectors each, and those of the weights, they fill the
 // registers.
 inline constexpr int kPointwiseRows = kVectors >= 32 ? 14 : 6;
@@ -102,6 +105,15 @@ void pointwise_tile(const PointwiseTile<A, T>& t) {
     CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
         CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = set1(0.f);
     }
+    // Short pieces of far rows, which no hardware prefetcher foresees.
+    if (t.residual != nullptr && t.last_segment) {
+        const T* residual = t.residual;
+        CVFAST_UNROLL for (int r = 0; r < kRows; ++r, residual += t.residual_pixel) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                __builtin_prefetch(residual + v * (kLanes / kWords));
+            }
+        }
+    }
     // One pointer serves five pixels: x86 adds 1, 2 or 4 times an index for free.
     constexpr int kPointers = (kRows + 4) / 5;
     const int64_t pixel = t.a_pixel;
@@ -109,6 +121,10 @@ void pointwise_tile(const PointwiseTile<A, T>& t) {
     CVFAST_UNROLL for (int i = 0; i < kPointers; ++i) a[i] = t.a + 5 * i * pixel;
     for (int64_t words = t.words; words >= kWords; words -= kWords) {
         panels += kPointwisePanel;
+        __builtin_prefetch(panels + kPrefetchRows * kPointwisePanel);
+        if constexpr (V * kLanes > kPointwisePanel) {
+            __builtin_prefetch(panels + panel + kPrefetchRows * kPointwisePanel);
+        }
         load_weights(weights, panels, panel);
         CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
             accumulate<A>(sums[r], broadcast_words<kWords>(a[r / 5] + r % 5 * pixel), weights);

@@ -27,7 +27,7 @@ def fuse(graph: Graph, threads: int) -> None:
     fuse_gates(graph)
     # fuse_inverted_residuals(graph, threads)
     read_two_sources(graph)
-    # read_contiguous_inputs(graph)
+    read_contiguous_inputs(graph)
 
 
 def _remove(graph: Graph, *gone: Node) -> None:
