@@ -137,3 +137,85 @@ def distinct(layers: list[DepthwiseLayer]) -> list[DepthwiseLayer]:
         key = (layer.channels, layer.size, layer.kernel, layer.stride, layer.activation)
         seen.setdefault(key, layer)
     return list(seen.values())
+
+
+@dataclass(frozen=True)
+class Block:
+    """An inverted residual or separable block on maps of `size` × `size`, padding k // 2.
+
+    Attributes:
+        hidden: channels of the depthwise convolution; with `expands` a pointwise makes them.
+        out_channels: of the projection; None where squeeze-excite stands before it.
+        activation: of expansion and depthwise convolution, and of a projection without expansion
+            in MobileNet v1.
+    """
+
+    model: str
+    in_channels: int
+    hidden: int
+    out_channels: int | None
+    size: int
+    kernel: int
+    stride: int
+    expands: bool
+    activation: str
+
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
+    @property
+    def residual(self) -> bool:
+        return self.expands and self.stride == 1 and self.in_channels == self.out_channels
+
+    @property
+    def last_activation(self) -> str:
+        return self.activation if self.model == "mobilenet_v1" else "none"
+
+    def __str__(self) -> str:
+        widths = [self.in_channels] if self.expands else []
+        widths += [self.hidden] if self.out_channels is None else [self.hidden, self.out_channels]
+        return f"{'-'.join(map(str, widths))}@{self.size}-k{self.kernel}s{self.stride}"
+
+
+# Howard et al., 2019, table 1: (output channels, squeeze-excite) of each block of _V3_LARGE.
+_V3_LARGE_OUT = [(16, False), (24, False), (24, False), (40, True), (40, True), (40, True)]
+_V3_LARGE_OUT += [(80, False)] * 4 + [(112, True)] * 2 + [(160, True)] * 3
+
+
+def mobilenet_blocks() -> list[Block]:
+    """Every distinct block of MobileNet v1, v2 and v3-large, in order."""
+    widths = [*[channels for channels, _ in _V1][1:], 1024]
+    v1 = [
+        (3, channels, out, stride, "relu", False, False)
+        for (channels, stride), out in zip(_V1, widths, strict=True)
+    ]
+    v2 = [
+        (3, hidden, out, stride, activation, hidden != channels, False)
+        for (_, hidden, stride, activation), (channels, out) in zip(
+            _v2_layers(), _v2_widths(), strict=True
+        )
+    ]
+    v3 = [
+        (kernel, hidden, out, stride, activation, index > 0, squeeze)
+        for index, ((kernel, hidden, activation, stride), (out, squeeze)) in enumerate(
+            zip(_V3_LARGE, _V3_LARGE_OUT, strict=True)
+        )
+    ]
+    blocks = []
+    for model, rows in (("mobilenet_v1", v1), ("mobilenet_v2", v2), ("mobilenet_v3_large", v3)):
+        channels, size = rows[0][1], 112
+        for kernel, hidden, out, stride, activation, expands, squeeze in rows:
+            block = Block(
+                model, channels, hidden, None if squeeze else out, size, kernel, stride, expands,
+                activation,
+            )  # fmt: skip
+            blocks.append(block)
+            channels, size = out, block.out_size
+    return list(dict.fromkeys(blocks))
+
+
+def _v2_widths() -> list[tuple[int, int]]:
+    """(input, output) channels of each block of MobileNet v2."""
+    outs = [out for _, out, repeats, _ in _V2 for _ in range(repeats)]
+    return list(zip([32, *outs], outs, strict=False))

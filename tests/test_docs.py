@@ -22,6 +22,8 @@ from cvfast import backends, env, tolerance
 from cvfast.models import default_input_size, get_model, list_models
 from cvfast.ops.conv import ONEDNN_DTYPES
 from cvfast.ops.depthwise import bytes_moved, flops
+from cvfast.ops.inverted_residual import bytes_moved as block_bytes
+from cvfast.ops.inverted_residual import flops as block_flops
 from cvfast.ops.pointwise import bytes_moved as pointwise_bytes
 from cvfast.ops.pointwise import flops as pointwise_flops
 from cvfast.optimize import REASONS
@@ -183,6 +185,14 @@ def test_counts_of_the_pointwise_page() -> None:
     assert counts["operations"].endswith(f"= {operations:,}")
     assert counts["bytes"].endswith(f"= {moved:,}")
     assert float(counts["operations per byte"]) == round(operations / moved, 1)
+
+
+def test_counts_of_the_inverted_residual_page() -> None:
+    page = TEXTS["docs/kernels/inverted_residual.md"]
+    counts = {row[0]: row[1] for row in rows(page, "| | |")}
+    block = ((1, 16, 112, 112), 96, 24, (3, 3), (56, 56))
+    assert counts["operations"].endswith(f"= {block_flops(*block):,}")
+    assert counts["bytes"].endswith(f"= {block_bytes(*block):,}")
 
 
 def test_the_example_runs_and_prints_what_is_shown() -> None:

@@ -59,7 +59,8 @@ void run_tasks(const DepthwiseShape& s, const DepthwiseOperands<T>& o, const Dep
             block * panels / blocks * kDepthwisePanel,
             std::min(s.channels, (block + 1) * panels / blocks * kDepthwisePanel),
             row,
-            row + rows};
+            row + rows,
+            std::max<int64_t>(1, s.height)};
         kernel(s, o.x, o.packed, o.out, range);
         begin += rows;
     }

@@ -14,6 +14,7 @@ struct DepthwiseRange {
     int64_t image, step;
     int64_t channel_begin, channel_end;
     int64_t row_begin, row_end;
+    int64_t ring_rows;  // row i of x lies at i % ring_rows
 };
 #endif
 
@@ -34,6 +35,7 @@ struct Tile {
     int64_t column;  // input column of the first output's first tap; may be negative
     int64_t tap_begin, tap_end;  // kernel rows that lie in the image
     int outputs;                 // of the tile's, how many are stored
+    int64_t wrap_tap, wrap;      // after this tap the rows go on `wrap` elements further back
 };
 
 // Weights of the vector at channel c.
@@ -118,6 +120,7 @@ void depthwise_tile(const Tile<T>& tile, const float* packed, int64_t c, int n) 
             }
         }
         row += s.dilation_h * s.x_row;
+        if (tap == tile.wrap_tap) row -= tile.wrap;
     }
     // The bias comes last: sums that started at a large one would round each product at its size.
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
@@ -210,13 +213,16 @@ void depthwise_rows_of(const DepthwiseShape& s, const T* x, const float* packed,
                 (std::max<int64_t>(s.height - top, 0) + s.dilation_h - 1) / s.dilation_h;
             const int64_t tap_begin = std::min(s.kernel_h, above);
             const int64_t tap_end = std::max(tap_begin, std::min(s.kernel_h, within));
+            const int64_t first = (top + tap_begin * s.dilation_h) % range.ring_rows;
             const Tile<T> tile{s,
-                               x + (top + tap_begin * s.dilation_h) * s.x_row,
+                               x + first * s.x_row,
                                out + r * s.out_row,
                                0,
                                tap_begin,
                                tap_end,
-                               0};
+                               0,
+                               tap_begin + range.ring_rows - 1 - first,
+                               range.ring_rows * s.x_row};
             int64_t o = strip_begin;
             for (; strip_end - o > kShortTile; o += kTile) {
                 depthwise_tile_at<T, kWidth, kStride, kTile>(tile, packed, range, o);

@@ -22,25 +22,10 @@ constexpr double kBytesPerNanosecond = 60;
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kTileRows = 14;
 
-// Words that are summed one after another; the sums of such segments are added to each other. One
-// long sum of 1024 float products had over twice the error of PyTorch's. A product of few pixels,
-// which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
-constexpr int64_t kSegmentWords = 128;
-constexpr int64_t kFewPixels = 3;
-constexpr int64_t kFewPixelsSegmentWords = 32;
-
-// Bytes of an input channel as it is multiplied: Half is widened first.
-template <class T>
-constexpr int64_t kMultipliedSize = std::is_same_v<T, BFloat16> ? 2 : 4;
-
 // Whether pixels are brought into scratch memory before they are multiplied.
 template <class T>
 bool needs_pack(const PointwiseShape& s, const PointwiseOperands<T>& o) {
-    if (o.scale || o.gate || std::is_same_v<T, Half>) return true;
-    if (s.in_channels * int64_t{sizeof(T)} % 4 != 0) return true;  // half a word would be left over
-    // Pixels a multiple of 4096 bytes apart share one set of the L1 cache, which has fewer ways
-    // than a tile has pixels. The copy pays where enough weights pass over it.
-    return s.x_pixel * int64_t{sizeof(T)} % 4096 == 0 && s.out_channels >= 64;
+    return o.scale || o.gate || pointwise_must_pack<T>(s.in_channels, s.x_pixel, s.out_channels);
 }
 
 struct Blocks {
@@ -52,7 +37,7 @@ struct Blocks {
 template <class T>
 Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads) {
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
-    const int64_t pixel = pointwise_packed_pixel(s.in_channels, kMultipliedSize<T>);
+    const int64_t pixel = pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>);
     const int64_t most_rows = std::max(kTileRows, kBlockBytes / pixel / kTileRows * kTileRows);
     Blocks best{};
     double least = std::numeric_limits<double>::infinity();
@@ -116,7 +101,7 @@ PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, 
     p.pack = needs_pack(s, o);
     if (p.pack) {
         p.scratch_bytes = ceil_div(p.run_rows, p.row_blocks) *
-                          pointwise_packed_pixel(s.in_channels, kMultipliedSize<T>);
+                          pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>);
     }
     return p;
 }
@@ -129,14 +114,14 @@ void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const Poi
     const Kernel kernel = kernels[static_cast<int>(current_isa())];
 
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
-    const int64_t words = ceil_div(s.in_channels * kMultipliedSize<T>, 4);
+    const int64_t words = pointwise_words<T>(s.in_channels);
     PointwiseBlock<T> block{};
-    block.in_channels = s.in_channels;
+    block.in_channels = block.chunk = s.in_channels;
     block.x_pixel = s.x_pixel;
     block.residual_pixel = s.residual_pixel;
     block.out_pixel = s.out_pixel;
     block.activation = s.activation;
-    block.segment = p.run_rows <= kFewPixels ? kFewPixelsSegmentWords : kSegmentWords;
+    block.segment = pointwise_segment(p.run_rows);
     block.pack = p.pack;
     block.scratch = scratch;
     for (int64_t task = begin; task < end; ++task) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/activation.h"
 #include "common/types.h"
@@ -44,6 +45,35 @@ constexpr int64_t pointwise_packed_rows(int64_t in_channels, int64_t out_channel
     const bool half_panel = rest != 0 && rest <= kPointwisePanel / 2;
     const int64_t panels = (out_channels + kPointwisePanel - 1) / kPointwisePanel - half_panel;
     return panels * (1 + words) + (half_panel ? 1 + (words + 1) / 2 : 0);
+}
+
+// Bytes of an input channel as it is multiplied: Half is widened first.
+template <class T>
+inline constexpr int64_t kPointwiseSize = std::is_same_v<T, BFloat16> ? 2 : 4;
+
+// Rows of a panel after its bias.
+template <class T>
+constexpr int64_t pointwise_words(int64_t in_channels) {
+    return (in_channels * kPointwiseSize<T> + 3) / 4;
+}
+
+constexpr int64_t pointwise_panels(int64_t out_channels) {
+    return (out_channels + kPointwisePanel - 1) / kPointwisePanel;
+}
+
+// Words that are summed one after another; the sums of such segments are added to each other. One
+// long sum of 1024 float products had over twice the error of PyTorch's. A product of three pixels
+// or fewer, which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
+constexpr int64_t pointwise_segment(int64_t pixels) { return pixels <= 3 ? 32 : 128; }
+
+// Whether pixels must be brought into scratch memory before they are multiplied, or had better be.
+template <class T>
+constexpr bool pointwise_must_pack(int64_t in_channels, int64_t x_pixel, int64_t out_channels) {
+    if (std::is_same_v<T, Half>) return true;
+    if (in_channels * int64_t{sizeof(T)} % 4 != 0) return true;  // half a word would be left over
+    // Pixels a multiple of 4096 bytes apart share one set of the L1 cache, which has fewer ways
+    // than a tile has pixels. The copy pays where enough weights pass over it.
+    return x_pixel * int64_t{sizeof(T)} % 4096 == 0 && out_channels >= 64;
 }
 
 // What does not apply is null; scale and shift come together.

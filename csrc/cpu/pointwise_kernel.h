@@ -16,7 +16,11 @@ struct PointwiseBlock {
     int64_t x_pixel, residual_pixel, out_pixel;
     Activation activation;
     int64_t segment;  // words that are summed one after another, an even number
-    bool pack;        // bring the pixels into scratch, by pointwise_pack, before they are read
+    // The input channels that this call adds, `chunk` from a multiple of 16 on; operands.x begins
+    // at the first. Chunks before the last leave their sums, 16 per pixel and panel, to the next.
+    int64_t chunk_begin, chunk;
+    float* sums;  // not needed where one chunk is all
+    bool pack;    // bring the pixels into scratch, by pointwise_pack, before they are read
     void* scratch;
 };
 
@@ -217,7 +221,8 @@ inline constexpr int kFewRowsVectors = 4;
 // V vectors of channels from channel c on, for all pixels of a block; a's last vector holds `last`.
 template <class A, class T, int kMaxRows, int V, int kWords>
 void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int64_t c) {
-    const int64_t words = t.words;
+    const int64_t before = block.chunk_begin * int64_t{sizeof(A)} / 4, words = t.words;
+    const bool last_chunk = block.chunk_begin + block.chunk == block.in_channels;
     const int64_t left = block.out_channels - c;
     constexpr int kChannels = kLanes / kWords;
     t.last = static_cast<int>(std::min<int64_t>(kChannels, left - (V - 1) * kChannels));
@@ -225,6 +230,9 @@ void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int
     t.out = block.operands.out + c;
     float segment_sums[kMaxRows * V * kLanes];
     t.segment_sums = segment_sums;
+    if (block.sums) {  // the columns before have 1 sum per channel, in the half panel 2
+        t.segment_sums = block.sums + (c + (kWords - 1) * (c % kPointwisePanel)) * block.rows;
+    }
     // Tiles of almost equal height: a rest of one pixel would run at an eighth of the rate.
     const int64_t tiles = (block.rows + kMaxRows - 1) / kMaxRows;
     const int64_t height = block.rows / tiles, higher = block.rows % tiles;
@@ -235,13 +243,14 @@ void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int
         const int64_t rows = height + (tile < higher);
         for (int64_t word = 0; word < words; word += block.segment) {
             t.a = a + word * 4;
-            t.panels = panels + word / kWords * kPointwisePanel;
+            t.panels = panels + (before + word) / kWords * kPointwisePanel;
             t.words = std::min(block.segment, words - word);
-            t.first_segment = word == 0;
-            t.last_segment = word + t.words == words;
+            t.first_segment = before + word == 0;
+            t.last_segment = last_chunk && word + t.words == words;
             pointwise_tile_of<A, T, kMaxRows, V, kWords>(rows, t);
         }
         a += rows * t.a_pixel;
+        if (block.sums) t.segment_sums += rows * V * kLanes;
         if (t.residual) t.residual += rows * t.residual_pixel;
         t.out += rows * t.out_pixel;
     }
@@ -253,8 +262,9 @@ void pointwise_columns(const PointwiseBlock<T>& block, const char* a, int64_t a_
     PointwiseTile<A, T> t{};
     t.a = a;
     t.a_pixel = a_pixel;
-    t.words = (block.in_channels * int64_t{sizeof(A)} + 3) / 4;
-    t.panel = (t.words + 1) * kPointwisePanel;
+    const auto words = [](int64_t channels) { return (channels * int64_t{sizeof(A)} + 3) / 4; };
+    t.words = words(block.chunk);
+    t.panel = (words(block.in_channels) + 1) * kPointwisePanel;
     t.residual_pixel = block.residual_pixel;
     t.out_pixel = block.out_pixel;
     t.activation = block.activation;
@@ -306,7 +316,7 @@ CVFAST_INLINE Vec pointwise_source(const PointwiseOperands<T>& o, const T* x, in
 template <class A, class T>
 void pointwise_pack(const PointwiseBlock<T>& block) {
     const PointwiseOperands<T>& o = block.operands;
-    const int64_t channels = block.in_channels;
+    const int64_t channels = block.chunk;
     const int64_t pixel = pointwise_packed_pixel(channels, sizeof(A)) / int64_t{sizeof(A)};
     const T* x = o.x;
     A* a = static_cast<A*>(block.scratch);
@@ -340,7 +350,7 @@ void pointwise_block(const PointwiseBlock<T>& block) {
     if (block.pack) {
         pointwise_pack<A>(block);
         pointwise_columns<A>(block, static_cast<const char*>(block.scratch),
-                             pointwise_packed_pixel(block.in_channels, sizeof(A)));
+                             pointwise_packed_pixel(block.chunk, sizeof(A)));
     } else {
         pointwise_columns<A>(block, reinterpret_cast<const char*>(block.operands.x),
                              block.x_pixel * int64_t{sizeof(A)});
