@@ -80,10 +80,19 @@ CUDA_EMULATION: Variable[str | None] = Variable(
     "CPU tensors. For tests.",
 )
 
+MEASURED: Variable[str | None] = Variable(
+    "CVFAST_MEASURED",
+    None,
+    str,
+    'File in which `select="measure"` keeps what it measured on this machine. Default: '
+    "~/.cache/cvfast/measured.json.",
+)
+
 VARIABLES: tuple[Variable[str | None] | Variable[bool], ...] = (
     CPU_ISA,
     DISABLE_EXTENSION,
     CUDA_EMULATION,
+    MEASURED,
 )
 
 # Triton's own switch, which it reads as any true word; "1" is what its documentation sets.

@@ -21,6 +21,7 @@ _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define("cpu_isa() -> str")
 _library.define("cpu_isa_levels() -> str")
 _library.define("cpu_select_isa(str level) -> ()")
+_library.define("cpu_l2_bytes() -> int")
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,8 @@ _selected_isa: str | None = None
 def selected_cpu_isa() -> str | None:
     """What :func:`select_cpu_isa` was last given; None before: the best level."""
     return _selected_isa
+
+
+def cpu_l2_bytes() -> int:
+    """Bytes of the L2 cache that the CPU kernels cut their work for; needs the cpu extension."""
+    return torch.ops.cvfast.cpu_l2_bytes()

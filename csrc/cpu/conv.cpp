@@ -3,6 +3,7 @@
 #include <limits>
 #include <utility>
 
+#include "cpu/machine.h"
 #include "cpu/winograd.h"
 
 #define CVFAST_KERNEL_SOURCE "cpu/conv_kernel.h"
@@ -12,7 +13,7 @@ namespace cvfast {
 namespace {
 
 // Input rows of a block: they stay in L2 beside the weights of a register tile.
-constexpr int64_t kPackedBytes = 256 * 1024;
+const int64_t kPackedBytes = l2_bytes() / 4;
 // Columns of a block at least, where rows are longer than that.
 constexpr int64_t kMinColumns = 56;
 

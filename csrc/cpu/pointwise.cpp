@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 
+#include "cpu/machine.h"
+
 #define CVFAST_KERNEL_SOURCE "cpu/pointwise_kernel.h"
 #define CVFAST_KERNEL_BF16_DOT
 #include "cpu/foreach_isa.h"
@@ -19,7 +21,7 @@ constexpr double kMultiplyAddsPerNanosecond = 100;
 constexpr double kBytesPerNanosecond = 60;
 
 // The pixels of a block stay in the L2 cache while every panel of weights passes over them.
-constexpr int64_t kBlockBytes = 256 * 1024;
+const int64_t kBlockBytes = l2_bytes() / 4;
 constexpr int64_t kTileRows = 14;
 
 // Whether pixels are brought into scratch memory before they are multiplied.

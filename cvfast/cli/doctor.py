@@ -91,7 +91,9 @@ def _extensions() -> Iterator[Finding]:
         return
     if cpu:
         levels = ", ".join(extension.cpu_isa_levels())
-        yield Finding("cpu extension", "ok", f"loaded; in use {extension.cpu_isa()} of {levels}")
+        detail = f"loaded; in use {extension.cpu_isa()} of {levels}"
+        l2 = extension.cpu_l2_bytes() // 1024
+        yield Finding("cpu extension", "ok", f"{detail}; cut for {l2} KiB of L2")
     else:
         yield Finding("cpu extension", "missing", cpu.reason, cpu.mend)
     if torch.version.cuda is not None:

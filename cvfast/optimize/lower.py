@@ -324,6 +324,20 @@ class _Lowering:
 
     def _measure(self, site: Site, calls: list[_Call]) -> tuple[_Call | None, float]:
         """The fastest of ``calls`` on random data, if any beats the unfused path, and its gain."""
+        from . import measured
+
+        names = [call.backend for call in calls]
+        on_cpu = site.device.type == "cpu"
+        key = measured.key(site, names, self.options.winograd, self.use_channels_last)
+        choice = measured.find(key) if on_cpu else None
+        if choice is None:
+            choice = self._time(site, calls)
+            if on_cpu:
+                measured.remember(key, choice)
+        best, gain = choice
+        return next((call for call in calls if call.backend == best), None), gain
+
+    def _time(self, site: Site, calls: list[_Call]) -> tuple[str | None, float]:
         from .measure import choose, kernel_runner, random_inputs, unfused_runner
 
         constants = self.capture.evaluate_constants(self.source, site.constants)
@@ -333,8 +347,7 @@ class _Lowering:
             call.backend: kernel_runner(site, inputs, call.emit, call.pack(weight, bias))
             for call in calls
         }
-        best, gain = choose(runners, unfused_runner(site, inputs, constants), site.device)
-        return next((call for call in calls if call.backend == best), None), gain
+        return choose(runners, unfused_runner(site, inputs, constants), site.device)
 
     def _emit(self, site: Site, call: _Call) -> fx.Node:
         if call.needs_channels_innermost:

@@ -79,7 +79,8 @@ void check(Test& test) {
         s.kernel_h = s.kernel_w = 3;
         s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     }
-    if (random.one_in(12)) {  // rows long enough to be cut
+    if (random.one_in(4)) s.x_channels = random.in(1, 4);  // a stem
+    if (random.one_in(12)) {                               // rows long enough to be cut
         s.batch = 1, s.height = random.in(1, 3), s.width = random.in(57, 130);
         s.x_channels = random.channels(300), s.out_channels = random.in(1, 5);
     }
@@ -115,15 +116,28 @@ void check(Test& test) {
     Array<float> packed(static_cast<int64_t>(panels.size()), random);
     std::copy(panels.begin(), panels.end(), packed.data());
 
-    const ConvOperands<T> o{x.data(), two ? x2.data() : nullptr, packed.data(),
-                            random.one_in(2) ? residual.data() : nullptr, out.data()};
+    // A stem may read an image whose channels are planes.
+    Image<T> planes({s.batch, s.x_channels, s.height, s.width}, random);
+    const bool planar =
+        has_few_channels(s) && s.algorithm == ConvAlgorithm::direct && !two && random.one_in(2);
+    if (planar) {
+        s.x = {planes.image, planes.pixel, 1}, s.x_channel = planes.row;
+        planes.for_elements([&](int64_t n, int64_t c, int64_t y, int64_t column) {
+            planes.at(n, c, y, column) = x.at(n, y, column, c);
+        });
+    }
+
+    const ConvOperands<T> o{planar ? planes.data() : x.data(), two ? x2.data() : nullptr,
+                            packed.data(), random.one_in(2) ? residual.data() : nullptr,
+                            out.data()};
     constexpr const char* kNames[] = {"direct", "F2", "F4"};
     test.describe(text(kNames[static_cast<int>(s.algorithm)], ", batch ", s.batch, ", ", s.height,
                        "x", s.width, " to ", s.out_height, "x", s.out_width, ", channels ",
                        s.x_channels, "+", s.in_channels - s.x_channels, " to ", s.out_channels,
                        ", kernel ", s.kernel_h, "x", s.kernel_w, ", stride ", s.stride_h, ",",
                        s.stride_w, ", dilation ", s.dilation_h, ",", s.dilation_w, ", pad ",
-                       s.pad_top, ",", s.pad_left, o.residual ? ", residual" : ""));
+                       s.pad_top, ",", s.pad_left, o.residual ? ", residual" : "",
+                       planar ? ", planar" : ""));
 
     std::vector<Sum> sums;
     out.for_elements([&](int64_t n, int64_t y, int64_t column, int64_t channel) {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cvfast
-from cvfast import tolerance
+from cvfast import env, tolerance
 from cvfast.optimize import OptimizedModule
 
 
@@ -72,6 +73,14 @@ def check_equal(optimized: nn.Module, model: nn.Module, *args: Any, **kwargs: An
             assert a.stride() == b.stride()
         else:
             assert a == b
+
+
+@pytest.fixture(autouse=True)
+def measured_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's ``select="measure"`` keeps its choices; there is no such file yet."""
+    path = tmp_path / "measured" / "choices.json"
+    monkeypatch.setenv(env.MEASURED.name, str(path))
+    return path
 
 
 @pytest.fixture

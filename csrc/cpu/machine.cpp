@@ -1,0 +1,44 @@
+#include "cpu/machine.h"
+
+#include <fstream>
+#include <string>
+
+#include <unistd.h>
+
+namespace cvfast {
+namespace {
+
+// As the C library reads it from the processor; 0 on most that are not x86.
+int64_t l2_of_libc() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    return sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    return 0;
+#endif
+}
+
+// As Linux lists it.
+int64_t l2_of_sysfs() {
+    for (int index = 0;; ++index) {
+        const std::string cache =
+            "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+        std::ifstream level_file(cache + "level"), size_file(cache + "size");
+        int level = 0;
+        int64_t kilobytes = 0;
+        if (!(level_file >> level)) return 0;
+        if (level == 2 && size_file >> kilobytes) return kilobytes * 1024;
+    }
+}
+
+}  // namespace
+
+int64_t l2_bytes() {
+    static const int64_t bytes = [] {
+        if (const int64_t found = l2_of_libc(); found > 0) return found;
+        if (const int64_t found = l2_of_sysfs(); found > 0) return found;
+        return int64_t{1} << 20;
+    }();
+    return bytes;
+}
+
+}  // namespace cvfast
