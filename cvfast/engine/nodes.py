@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvfast.ops import conv, depthwise, elementwise, pointwise, pool
+from cvfast.ops import conv, depthwise, elementwise, inverted_residual, pointwise, pool
 
 # These define the operators.
-__all__ = ["conv", "depthwise", "elementwise", "pointwise", "pool"]
+__all__ = ["conv", "depthwise", "elementwise", "inverted_residual", "pointwise", "pool"]
 
 ops = torch.ops.cvfast
 

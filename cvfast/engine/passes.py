@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cvfast.ops.inverted_residual import fuses
 
 from .nodes import (
     Concat,
@@ -25,7 +26,7 @@ def fuse(graph: Graph, threads: int) -> None:
     pool_before_pointwise(graph)
     fuse_prologues(graph)
     fuse_gates(graph)
-    # fuse_inverted_residuals(graph, threads)
+    fuse_inverted_residuals(graph, threads)
     read_two_sources(graph)
     read_contiguous_inputs(graph)
 
