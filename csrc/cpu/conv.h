@@ -26,7 +26,7 @@ struct ImageStrides {
 struct ConvShape {
     int64_t batch, in_channels, height, width;
     int64_t x_channels;  // of in_channels, those of x; x2 has the others. All, or a multiple of 16
-    int64_t x_channel = 1;  // elements from channel to channel of x; but see has_few_channels()
+    int64_t x_channel = 1;  // elements from channel to channel of x; see has_few_channels()
     int64_t out_channels, out_height, out_width;
     int64_t kernel_h, kernel_w;
     int64_t stride_h, stride_w;
@@ -39,7 +39,7 @@ struct ConvShape {
 
 // Whether the direct algorithm packs no blocks of 16 channels, for most would be empty: the stem of
 // a network. It then also takes an x whose pixels are adjacent and whose channels lie apart.
-inline bool has_few_channels(const ConvShape& s) { return s.in_channels < 16 && s.dilation_w == 1; }
+inline bool has_few_channels(const ConvShape& s) { return s.in_channels < 16; }
 
 // out = activation(bias + weight (*) [x, x2] + residual); T: float, BFloat16 or Half, sums are
 // float. x2 and residual may be null.

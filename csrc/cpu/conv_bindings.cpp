@@ -32,14 +32,12 @@ ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
     STD_TORCH_CHECK(x.dim() == 4, "cvfast::conv_cpu: x must be [N, C, H, W], got ", x.dim(),
                     " dimensions");
     STD_TORCH_CHECK(x.is_cpu(), "cvfast::conv_cpu: x must be on the CPU");
-    STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
-                        dilation.size() == 2,
-                    "cvfast::conv_cpu: kernel_size, stride, padding and dilation take two numbers "
-                    "each");
+    STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && dilation.size() == 2,
+                    "cvfast::conv_cpu: kernel_size, stride and dilation take two numbers each");
+    const Padding pad = parse_padding("conv_cpu", padding);
     for (int i = 0; i < 2; ++i) {
-        STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
-                        "cvfast::conv_cpu: kernel_size, stride and dilation must be positive, "
-                        "padding not negative");
+        STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && dilation[i] > 0,
+                        "cvfast::conv_cpu: kernel_size, stride and dilation must be positive");
     }
     ConvShape s{};
     s.batch = x.size(0), s.height = x.size(2), s.width = x.size(3);
@@ -59,17 +57,19 @@ ConvShape conv_shape(const Tensor& x, const std::optional<Tensor>& x2,
     }
     s.kernel_h = kernel_size[0], s.kernel_w = kernel_size[1];
     s.stride_h = stride[0], s.stride_w = stride[1];
-    s.pad_top = padding[0], s.pad_left = padding[1];
+    s.pad_top = pad.top, s.pad_left = pad.left;
     s.dilation_h = dilation[0], s.dilation_w = dilation[1];
     s.out_channels = out_channels;
-    s.out_height = positions(s.height, s.pad_top, s.dilation_h, s.kernel_h, s.stride_h);
-    s.out_width = positions(s.width, s.pad_left, s.dilation_w, s.kernel_w, s.stride_w);
+    s.out_height =
+        positions(s.height + pad.top + pad.bottom, 0, s.dilation_h, s.kernel_h, s.stride_h);
+    s.out_width =
+        positions(s.width + pad.left + pad.right, 0, s.dilation_w, s.kernel_w, s.stride_w);
     s.activation = parse_activation(activation);
     // Pixels of a single column lie side by side, whatever their stride.
     if (s.width == 1 && s.x_channel != 1) s.x.pixel = 1;
     STD_TORCH_CHECK(s.x_channel == 1 || (has_few_channels(s) && s.x.pixel == 1),
                     "cvfast::conv_cpu: x must be channels-last (stride 1 along C); or, with fewer "
-                    "than 16 channels and no dilation along rows, contiguous. Use "
+                    "than 16 channels, contiguous. Use "
                     "contiguous(memory_format=torch.channels_last)");
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
                     "cvfast::conv_cpu: the kernel is larger than the padded image ", s.height, "x",

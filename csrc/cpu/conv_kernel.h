@@ -58,10 +58,10 @@ inline PackedRows packed_rows(const ConvShape& s, int64_t rows, int64_t columns)
     return p;
 }
 
-// Runs of the products of one output, per kernel row.
+// Runs of the products of one output, per kernel row. Taps that are neighbours share a run.
 inline int64_t runs_per_kernel_row(const ConvShape& s) {
     if (!has_few_channels(s)) return s.kernel_w * ((s.in_channels + 15) / 16);
-    return s.x_channel == 1 ? 1 : s.in_channels;
+    return (s.x_channel == 1 ? 1 : s.in_channels) * (s.dilation_w == 1 ? 1 : s.kernel_w);
 }
 
 inline int64_t run_list_bytes(const ConvShape& s) {
@@ -187,11 +187,15 @@ inline void list_runs(const ConvShape& s, const PackedRows& p, TileRun* run) {
     for (int64_t r = 0; r < s.kernel_h; ++r) {
         const int64_t a = r * s.dilation_h * p.row;
         const int64_t b = r * s.kernel_w * channels * kConvPanel;
-        if (p.order == RowOrder::pixels) {
-            *run++ = {a, b, s.kernel_w * channels};
-        } else if (p.order == RowOrder::planes) {
-            for (int64_t c = 0; c < channels; ++c) {
-                *run++ = {a + c * p.columns, b + c * kConvPanel, s.kernel_w};
+        if (p.order != RowOrder::blocked) {
+            const bool planes = p.order == RowOrder::planes;
+            const int64_t lines = planes ? channels : 1, each = planes ? 1 : channels;
+            const int64_t taps = s.dilation_w == 1 ? s.kernel_w : 1;  // of a run
+            for (int64_t line = 0; line < lines; ++line) {
+                for (int64_t k = 0; k < s.kernel_w; k += taps) {
+                    *run++ = {a + line * p.columns + k * s.dilation_w * each,
+                              b + (k * channels + line) * kConvPanel, taps * each};
+                }
             }
         } else {
             for (int64_t k = 0; k < s.kernel_w; ++k) {

@@ -280,11 +280,11 @@ def conv_cpu(
 
     Args:
         x: [N, C, H, W], channels-last (adjacent channels; images, rows and pixels may lie apart, as
-            in a channel slice); float32, bfloat16 or float16. With fewer than 16 channels and no
-            dilation along rows, the direct algorithm also takes adjacent pixels: a contiguous
-            image.
+            in a channel slice); float32, bfloat16 or float16. With fewer than 16 channels, the
+            direct algorithm also takes adjacent pixels: a contiguous image.
         weight: [K, C, R, S], or [K, C + C2, R, S] with ``x2``; dtype of ``x``.
         bias: [K].
+        padding: zeros (vertical, horizontal), or (top, left, bottom, right).
         residual: [N, K, P, Q], channels-last; added before the activation.
         x2: [N, C2, H, W], channels-last: the channels after those of ``x``, as if the two were
             concatenated. C must then be a multiple of 16.
@@ -458,8 +458,9 @@ def _validate(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if len(values) != 2:
-            raise ValueError(f"conv: {name}={values}: expected two numbers")
+        if len(values) != 2 and not (name == "padding" and len(values) == 4):
+            expected = "two or four numbers" if name == "padding" else "two numbers"
+            raise ValueError(f"conv: {name}={values}: expected {expected}")
         if min(values) < least:
             raise ValueError(f"conv: {name}={values}: expected at least {least}")
     if x.dim() != 4:
@@ -514,8 +515,8 @@ def _output_shape(
     dilation: Sequence[int],
 ) -> tuple[int, int, int, int]:
     p, q = (
-        (x_shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
+        (x_shape[2 + i] + before + after - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        for i, (before, after) in enumerate(zip(padding[:2], padding[-2:], strict=True))
     )
     return x_shape[0], out_channels, p, q
 
