@@ -16,6 +16,7 @@ from cvfast.ops.inverted_residual import (
     ACTIVATIONS,
     bytes_moved,
     flops,
+    fuses,
     inverted_residual,
     inverted_residual_squeeze,
     output_size,
@@ -588,6 +589,42 @@ def test_bytes_are_those_of_the_operands(expand: bool, dtype: torch.dtype) -> No
     assert expected == bytes_moved(
         (2, channels, 14, 14), 64, 16, (3, 3), (14, 14), dtype, expand=expand
     )
+
+
+@pytest.mark.parametrize(
+    ("channels", "hidden", "out", "size", "stride", "batch", "threads", "expected"),
+    [
+        (16, 96, 24, 112, 2, 1, 1, True),
+        (24, 144, 24, 56, 1, 1, 2, True),
+        (24, 144, 24, 56, 1, 1, 16, False),  # 4 rows a thread
+        (24, 144, 24, 56, 1, 16, 16, True),  # an image a thread
+        (64, 384, 64, 14, 1, 1, 1, False),  # 301 kB stay in L2
+        (64, 384, 64, 14, 1, 8, 1, True),
+        (160, 960, 160, 7, 1, 8, 1, False),
+        (40, 120, None, 28, 1, 8, 2, True),
+        (80, 480, None, 14, 1, 8, 2, False),
+    ],
+)
+def test_fuses_where_measurements_say(
+    channels: int, hidden: int, out: int | None, size: int, stride: int, batch: int, threads: int,
+    expected: bool,
+) -> None:  # fmt: skip
+    answer = fuses(
+        (batch, channels, size, size), hidden, out, kernel_size=(3, 3), stride=(stride, stride),
+        expands=True, threads=threads,
+    )  # fmt: skip
+    assert answer is expected
+
+
+def test_separable_blocks_fuse_for_the_output_of_the_depthwise_convolution() -> None:
+    def answer(hidden: int, out: int | None, size: int) -> bool:
+        return fuses(
+            (1, hidden, size, size), hidden, out, kernel_size=(3, 3), stride=(1, 1), expands=False
+        )
+
+    assert answer(32, 16, 112)
+    assert not answer(512, 512, 14)
+    assert not answer(32, None, 112)  # nothing is kept out of memory
 
 
 def test_compiles_whole() -> None:
