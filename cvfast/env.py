@@ -48,6 +48,12 @@ def _file(text: str) -> str:
     return text
 
 
+def _json_file(text: str) -> str:
+    if not text.endswith(".json"):
+        raise ValueError("expected a path that ends in .json")
+    return text
+
+
 def _one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -83,7 +89,7 @@ CUDA_EMULATION: Variable[str | None] = Variable(
 MEASURED: Variable[str | None] = Variable(
     "CVFAST_MEASURED",
     None,
-    str,
+    _json_file,
     'File in which `select="measure"` keeps what it measured on this machine. Default: '
     "~/.cache/cvfast/measured.json.",
 )

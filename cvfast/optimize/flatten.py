@@ -285,24 +285,22 @@ class _Flattener:
     def _find_outputs(self, output: Any) -> None:
         """What a segment hands out: what other segments, torch or the caller read."""
         segments = [step for step in self.steps if isinstance(step, Segment)]
-        for segment in segments:
-            used = {image for step in segment.graph.nodes for image in step.reads()}
-            used |= {image.root()[0] for image in used}
-            pairs = zip(segment.inputs, segment.graph.inputs, strict=True)
-            kept = [(node, image) for node, image in pairs if image in used]
-            segment.inputs = [node for node, _ in kept]
-            segment.graph.inputs = [image for _, image in kept]
         wanted: set[fx.Node] = set()
         fx.map_arg(output, wanted.add)
         for step in self.steps:
             wanted.update(step.inputs if isinstance(step, Segment) else step.node.all_input_nodes)
         for segment in segments:
+            graph = segment.graph
             segment.outputs = [node for node in segment.members if node in wanted]
             for node in segment.outputs:
                 image = self._output_image(segment, node)
-                if image not in segment.graph.outputs:
-                    segment.graph.outputs.append(image)
-            for number, image in enumerate((*segment.graph.inputs, *segment.graph.outputs)):
+                if image not in graph.outputs:
+                    graph.outputs.append(image)
+            read = {image.root()[0] for step in graph.nodes for image in step.reads()}
+            pairs = list(zip(segment.inputs, graph.inputs, strict=True))
+            segment.inputs = [node for node, image in pairs if image in read]
+            graph.inputs = [image for image in graph.inputs if image in read]
+            for number, image in enumerate((*graph.inputs, *graph.outputs)):
                 image.strides = image.memory_strides()
                 image.external = number
 
@@ -666,6 +664,8 @@ def _other_name(f: _Flattener, node: fx.Node) -> Image:
 @_translates(aten.slice.Tensor)
 def _slice(f: _Flattener, node: fx.Node) -> Image:
     x, dim, start, _, step = _arguments(node)
+    if f.shape(x) == f.shape(node):
+        return f.channels_last_image(x)
     if dim != 1 or step != 1 or len(f.shape(x)) != 4:
         raise Unsupported
     begin = start or 0

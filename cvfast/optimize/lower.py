@@ -301,9 +301,7 @@ class _Lowering:
         if site.skip is not None:
             row.reason, row.detail = site.skip
             return row, None
-        calls, reason = _candidates(
-            site, self.planned, self.options, self.use_channels_last
-        )
+        calls, reason = _candidates(site, self.planned, self.options, self.use_channels_last)
         if not calls:
             row.reason, row.detail = reason
             return row, None

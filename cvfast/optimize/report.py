@@ -177,8 +177,8 @@ class Report:
             for row in table
         ]
         lines += [f"note: {note}" for note in self.notes]
-        lines += [str(self.execution)] if self.execution is not None else []
-        lines += [f"{self.layout_copies} layout copies in a run", self.summary()]
+        copies = f"{self.layout_copies} layout copies in a run"
+        lines += [copies if self.execution is None else str(self.execution), self.summary()]
         return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -536,7 +536,7 @@ profile = {
 }
 
 
-@settings(max_examples=20, derandomize=True, **profile)
+@settings(max_examples=20, derandomize=True, phases=[Phase.generate], **profile)
 @given(networks, dtypes, levels)
 def test_random_networks(network: Network, dtype: torch.dtype, level: str | None) -> None:
     check(network, dtype, level)
