@@ -63,6 +63,11 @@ class Image:
         _, c, h, w = root.shape
         return (h * w * c, 1, w * c, c)
 
+    def is_contiguous(self) -> bool:
+        """Whether it lies plane by plane without gaps, as PyTorch lays out a fresh tensor."""
+        _, c, h, w = self.shape
+        return self.parent is None and self.memory_strides() == (c * h * w, h * w, w, 1)
+
     def channels_adjacent(self) -> bool:
         return self.channels == 1 or self.memory_strides()[1] == 1
 

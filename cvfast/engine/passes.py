@@ -226,7 +226,7 @@ def read_contiguous_inputs(graph: Graph) -> None:
         copy = writers.get(node.x)
         if (
             isinstance(copy, Copy)
-            and copy.x.channels == copy.out.channels
+            and copy.x.is_contiguous()
             and graph.sole_reader(copy.out, readers) is node
         ):
             node.x = copy.x

@@ -168,3 +168,21 @@ def test_profile_names_the_modules() -> None:
         2 * 100 * 16 * 9 * 32,
         2 * 100 * 32 * 16,
     ]
+
+
+@pytest.mark.filterwarnings("error:cvfast cannot plan")
+@pytest.mark.parametrize("channels", [3, 16])
+def test_inputs_of_any_layout_are_planned(channels: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU()).eval()
+    x = torch.randn(2, channels, 12, 14)
+    fast = cvfast.optimize(model, x)
+    wide = torch.randn(2, 2 * channels, 12, 28)
+    for laid_out in (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        wide[:, ::2, :, ::2],
+        wide[:, :channels, :, :14],
+        x[:1].expand(2, -1, -1, -1),
+    ):
+        torch.testing.assert_close(fast(laid_out), model(laid_out))
