@@ -7,6 +7,7 @@ themselves to the plan that is being recorded.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import prod
@@ -77,7 +78,7 @@ Tensors = Callable[[Image], Tensor]
 
 
 @dataclass(eq=False)
-class Node:
+class Node(ABC):
     """A step of a plan, writing ``out``. ``name`` is for profiles."""
 
     out: Image
@@ -97,8 +98,9 @@ class Node:
         """Bytes written that were in memory already."""
         return 0
 
+    @abstractmethod
     def record(self, tensor: Tensors) -> None:
-        raise NotImplementedError
+        """Call the out-variants of the node's kernels on the tensors of its images."""
 
 
 def _optional(image: Image | None, tensor: Tensors) -> Tensor | None:

@@ -35,6 +35,9 @@ class Plan:
 
     ``arena_bytes`` is what the images between inputs and outputs take, ``scratch_bytes`` what
     kernels take beside them, ``bytes_copied`` what is copied for want of a better place.
+
+    Raises:
+        RuntimeError: without the compiled extension, or where a kernel refuses its arguments.
     """
 
     def __init__(self, graph: Graph, threads: int) -> None:
@@ -48,7 +51,6 @@ class Plan:
         self.arena_bytes = arena.bytes
         self.least_arena_bytes = memory.lower_bound(lives)
         self.bytes_copied = sum(node.bytes_copied() for node in graph.nodes)
-        self.flops = sum(node.flops() for node in graph.nodes)
         self._id = self._record(arena)
         weakref.finalize(self, _delete, self._id)
         self.scratch_bytes: int = ops.plan_memory(self._id)[1]

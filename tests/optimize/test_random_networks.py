@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -60,12 +61,12 @@ def conv(
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(ABC):
     """Describes a part of a network."""
 
+    @abstractmethod
     def build(self, channels: int) -> nn.Module:
         """The part, for an input of so many channels."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
