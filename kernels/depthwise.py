@@ -35,15 +35,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource
 
 from cvfast.launch.depthwise import Problem
 from cvfast.launch.depthwise import triton as launches
 from cvfast.launch.depthwise.triton import Launch
 
-from . import epilogue
+from . import compiler, epilogue
 from .jit import Kernel, jit, kernel
 
 _MAX_RESIDENT = tl.constexpr(launches.MAX_RESIDENT)
@@ -754,28 +752,7 @@ def source(
     }[pass_]
     strides = [(c * h * w, c * w, c) for c, h, w in images]
     plan = _plan(problem, launch, pass_, activation, *strides)
-    signature = dict.fromkeys(plan.kernel.arg_names, "i32")
-    signature.update(dict.fromkeys(plan.constants, "constexpr"))
-    element = _TRITON_TYPES[problem.dtype]
-    pointers = plan.kernel.arg_names[:4]
-    for name in pointers:
-        signature[name] = "*fp32" if name in ("packed", "shares") else element
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
-    return ASTSource(plan.kernel, signature, plan.constants, aligned), plan.options
-
-
-_TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-
-
-def compiled(
-    problem: Problem, launch: Launch, pass_: str, capability: int, activation: str = "relu6"
-) -> CompiledKernel:
-    """The kernel of a launch, compiled; neither needs a GPU nor heeds TRITON_INTERPRET.
-
-    Args:
-        capability: of the architecture, such as 90.
-    """
-    ast, options = source(problem, launch, pass_, activation)
-    with knobs.runtime.scope():
-        knobs.runtime.interpret = False
-        return triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
+    tensors = plan.kernel.arg_names[:4]
+    float32 = ("packed", "shares")
+    dtypes = [torch.float32 if name in float32 else problem.dtype for name in tensors]
+    return compiler.source(plan.kernel, dtypes, plan.constants), plan.options

@@ -29,8 +29,6 @@ MAX_DISTANCE = 2.0
 """Doublings by which a problem may differ from the nearest entry, summed over its sizes. Beyond
 that what was measured says little, and the heuristic knows the problem itself."""
 
-_SIZES = ("batch", "channels", "height", "width")
-
 _logger = logging.getLogger("cvfast.launch")
 
 
@@ -139,7 +137,8 @@ def choose(op: str, backend: str, problem: Any, pass_: str, device: Device) -> A
 
     Args:
         op, backend: such as "depthwise", "triton".
-        problem: a `Problem` of `cvfast.launch.<op>`.
+        problem: a `Problem` of `cvfast.launch.<op>`: a frozen dataclass of numbers, tuples of
+            numbers, strings and a `dtype`, whose class names its sizes in `SIZES`.
         pass_: such as "forward".
         device: the table is looked up by its name.
     """
@@ -171,7 +170,7 @@ def load(op: str, backend: str, device: str) -> Table | None:
 def nearest(table: Table | None, problem: Any, pass_: str) -> Any | None:
     """The launch parameters of the nearest entry that the problem can be launched with.
 
-    Near are entries of the same pass that differ in batch, channels and image size only; the
+    Near are entries of the same pass that differ in the fields named by `Problem.SIZES` only; the
     distance is the sum of the ratios of these, in doublings, `MAX_DISTANCE` at most.
     """
     if table is None:
@@ -190,7 +189,7 @@ def nearest(table: Table | None, problem: Any, pass_: str) -> Any | None:
 
 
 def _distances(entries: Iterable[Entry], problem: Any, pass_: str) -> Iterable[tuple[float, Any]]:
-    rest = [field.name for field in fields(problem) if field.name not in _SIZES]
+    rest = [field.name for field in fields(problem) if field.name not in problem.SIZES]
     for entry in entries:
         other = entry.problem
         if entry.pass_ == pass_ and all(getattr(other, n) == getattr(problem, n) for n in rest):
@@ -198,7 +197,7 @@ def _distances(entries: Iterable[Entry], problem: Any, pass_: str) -> Iterable[t
 
 
 def _sizes(problem: Any) -> list[int]:
-    return [getattr(problem, name) for name in _SIZES]
+    return [getattr(problem, name) for name in problem.SIZES]
 
 
 def _doublings(a: int, b: int) -> float:
@@ -212,7 +211,11 @@ def _problem(problem_type: Any, content: dict[str, Any]) -> Any:
 
 def _tuples(content: dict[str, Any]) -> dict[str, Any]:
     """JSON knows lists only."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    return {key: _tuple(value) for key, value in content.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

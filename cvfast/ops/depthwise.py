@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvfast import backends
+from cvfast import backends, extension
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.depthwise import Problem
-from cvfast.ops import _flops, _gradient
+from cvfast.ops import _example, _flops, _gradient
+from cvfast.ops._example import Example
 from cvfast.perf import devices
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
@@ -659,3 +660,69 @@ def _prepacked_flops(
 _flops.register(torch.ops.cvfast.depthwise, _depthwise_flops)
 for _backend in KERNEL_BACKENDS:
     _flops.register(getattr(torch.ops.cvfast, f"depthwise_{_backend}"), _prepacked_flops)
+
+
+def example(
+    problem: Problem,
+    activation: str = "none",
+    pass_: str = "forward",
+    *,
+    device: str | torch.device,
+    seed: int = 0,
+) -> Example:
+    """Random inputs of a problem for the GPU kernels of `pass_`; see `cvfast.ops._example`.
+
+    With an activation, gradients are of whole numbers, which every dtype computes exactly: beside a
+    kink, a rounding error would decide whether they pass.
+    """
+    exact = pass_ != "forward" and activation != "none"
+    out_size = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+    sizes = (
+        (problem.batch, problem.channels, problem.height, problem.width),
+        (problem.out_channels, 1, *problem.kernel),
+        (problem.out_channels,),
+        out_size,
+    )
+    draw = _example.whole if exact else _example.normal
+    x, weight, bias, grad = (
+        draw(size, problem.dtype, device=device, seed=seed + i) for i, size in enumerate(sizes)
+    )
+    geometry = (problem.stride, problem.padding, problem.dilation, activation)
+    packed = prepack(weight, bias, multiplier=problem.multiplier)
+    output = None
+    if activation != "none":
+        output = reference(x, weight, bias, *geometry).contiguous(memory_format=torch.channels_last)
+
+    def definition(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
+        if pass_ == "forward":
+            return [reference(x, weight, bias, *geometry)]
+        x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+        with torch.enable_grad():
+            y = reference(x, weight, bias, *geometry)
+            gradients = torch.autograd.grad(y, (x, weight, bias), grad)
+        return list(gradients[:1] if pass_ == "backward_input" else gradients[1:])
+
+    def kernel(backend: str, launch: Any) -> list[Tensor]:
+        extension.load(backend)
+        if launch is None:
+            at = devices.for_tensor(x)
+            launch = table.choose("depthwise", backend, problem, pass_, at)
+        tensors = {
+            "forward": (x, packed),
+            "backward_input": (grad, output, packed),
+            "backward_weight": (grad, output, x),
+        }[pass_]
+        if backend == "triton":
+            from cvfast.kernels import depthwise as kernels
+
+            result = getattr(kernels, pass_)(*tensors, problem, launch, activation)
+        else:
+            name = "depthwise" if pass_ == "forward" else f"depthwise_{pass_}"
+            size = [(problem.height, problem.width)] if pass_ == "backward_input" else []
+            launched = getattr(torch.ops.cvfast, f"{name}_cuda_launch")
+            result = launched(*tensors, *size, problem.kernel, *geometry, launch.as_ints())
+        if pass_ != "backward_weight":
+            return [result]
+        return [t.to(problem.dtype) for t in unpack(result, problem.channels, problem.kernel)]
+
+    return Example((x, weight, bias, grad), definition, kernel)

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cvfast.kernels import compiler
 from cvfast.kernels import depthwise as kernels
 from cvfast.launch.depthwise import PASSES, Problem
 from cvfast.launch.depthwise.triton import Launch, heuristic
@@ -425,7 +426,7 @@ def test_compiles_without_spills(pass_: str, arch: str, monkeypatch: pytest.Monk
     problem = Problem(256, 72, 14, 14, (3, 3), (2, 2), (1, 1))
     launch = heuristic(problem, pass_, devices.by_arch(arch))
     major, minor = architecture.capability
-    kernel = kernels.compiled(problem, launch, pass_, 10 * major + minor)
+    kernel = compiler.compiled(*kernels.source(problem, launch, pass_), 10 * major + minor)
     (binary,) = compiled.read(kernel.asm["cubin"])
     assert binary.local_bytes == 0
     held = devices.occupancy(architecture, launch.lanes, binary.registers, binary.shared_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,9 @@ class Problem:
     multiplier: int = 1
     dtype: torch.dtype = torch.float16
 
+    SIZES: ClassVar = ("batch", "channels", "height", "width")
+    """Fields in which a tuned entry may differ from the problem it is used for."""
+
     @property
     def out_height(self) -> int:
         return self._positions(0, self.height)
@@ -46,3 +50,34 @@ class Problem:
     def _positions(self, axis: int, size: int) -> int:
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    def flops(self) -> int:
+        """Multiplications and additions of the forward pass."""
+        return 2 * self._outputs * self.kernel[0] * self.kernel[1]
+
+    def bytes(self) -> int:
+        """Least traffic of the forward pass: every image and weight read or written once."""
+        images = self.batch * self.channels * self.height * self.width + self._outputs
+        taps = self.kernel[0] * self.kernel[1]
+        return images * self.dtype.itemsize + 4 * self.out_channels * (taps + 1)
+
+    @property
+    def _outputs(self) -> int:
+        return self.batch * self.out_channels * self.out_height * self.out_width
+
+    def describe(self) -> str:
+        """One line: shape, kernel, stride, what is out of the ordinary, and dtype."""
+        parts = [
+            f"{self.batch}x{self.channels}x{self.height}x{self.width}",
+            f"k{_short(self.kernel)}",
+            f"s{_short(self.stride)}",
+        ]
+        if self.dilation != (1, 1):
+            parts.append(f"d{_short(self.dilation)}")
+        if self.multiplier != 1:
+            parts.append(f"m{self.multiplier}")
+        return " ".join([*parts, str(self.dtype).removeprefix("torch.")])
+
+
+def _short(values: tuple[int, int]) -> str:
+    return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
