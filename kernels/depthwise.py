@@ -201,7 +201,7 @@ def _patch_kernel(
     source,  # [N, height, width, channels]: the image x, or the gradient of the output
     output,  # shaped as source: the output, where its activation masks the gradient; else unread
     packed,  # float32 [MULTIPLIER, panels, taps + 1, 16]
-    result,  # [N, result_height, result_width, channels], contiguous
+    result,  # [N, result_height, result_width, channels]
     batch,
     channels,  # of the image x; like all strides, in units of ALIGN elements
     source_height,
@@ -214,6 +214,9 @@ def _patch_kernel(
     output_pixel_stride,
     result_height,
     result_width,
+    result_image_stride,
+    result_row_stride,
+    result_pixel_stride,
     vectors,  # vectors of channels that adjacent lanes take before the next patch begins
     VERTICAL: tl.constexpr,
     HORIZONTAL: tl.constexpr,
@@ -289,9 +292,9 @@ def _patch_kernel(
         output_pixel = output_pixel_stride.to(tl.int64) * ALIGN
         image_offset = image.to(tl.int64) * (output_image_stride.to(tl.int64) * ALIGN)
         output += image_offset + top * output_row + left * output_pixel + source_channel
-    result_pixel = result_channels.to(tl.int64)
-    result_row = result_pixel * result_width
-    image_offset = image.to(tl.int64) * (result_row * result_height)
+    result_row = result_row_stride.to(tl.int64) * ALIGN
+    result_pixel = result_pixel_stride.to(tl.int64) * ALIGN
+    image_offset = image.to(tl.int64) * (result_image_stride.to(tl.int64) * ALIGN)
     result += image_offset + row * result_row + column * result_pixel + channel
 
     sums = ()
@@ -501,7 +504,12 @@ def _sum_kernel(shares, result, count, size, SHARES: tl.constexpr, ELEMENTS: tl.
 
 
 def forward(
-    x: Tensor, packed: Tensor, problem: Problem, launch: Launch, activation: str = "none"
+    x: Tensor,
+    packed: Tensor,
+    problem: Problem,
+    launch: Launch,
+    activation: str = "none",
+    out: Tensor | None = None,
 ) -> Tensor:
     """The output: convolution, bias and activation.
 
@@ -512,16 +520,20 @@ def forward(
         problem: the geometry of x and the convolution.
         launch: see `cvfast.launch.depthwise.triton`.
         activation: "none", "relu", "relu6" or "hardswish".
+        out: where the output is written, or None for a new tensor: [N, m·C, H', W'], dtype of x,
+            adjacent channels; images, rows and pixels may lie apart, as in a channel slice.
 
     Returns:
-        [N, m·C, H', W'], channels-last, dtype of x.
+        [N, m·C, H', W'], dtype of x: `out`, or channels-last.
 
     Raises:
         ValueError: if the tensors do not fit the problem, or the problem the launch parameters.
     """
     _check_activation(activation, ("none", "relu", "relu6", "hardswish"))
     _check_image("x", x, problem, (problem.channels, problem.height, problem.width))
-    return _patches(x, None, packed, problem, launch, "forward", activation)
+    if out is not None:
+        _check_image("out", out, problem, launches.result_size(problem, "forward"))
+    return _patches(x, None, packed, problem, launch, "forward", activation, out)
 
 
 def backward_input(
@@ -598,20 +610,22 @@ def _patches(
     launch: Launch,
     pass_: str,
     activation: str,
+    result: Tensor | None = None,
 ) -> Tensor:
     if packed.shape != _packed_shape(problem) or packed.dtype != torch.float32:
         raise ValueError(
             f"depthwise: packed is {packed.dtype} {tuple(packed.shape)}, expected float32 "
             f"{_packed_shape(problem)} from cvfast.ops.depthwise.prepack"
         )
-    images = [source] if output is None else [source, output]
+    if result is None:
+        result = torch.empty(
+            (problem.batch, *launches.result_size(problem, pass_)),
+            dtype=source.dtype,
+            device=source.device,
+            memory_format=torch.channels_last,
+        )
+    images = [source, result] if output is None else [source, output, result]
     plan = _plan(problem, launch, pass_, activation, *map(_strides, images))
-    result = torch.empty(
-        (problem.batch, *launches.result_size(problem, pass_)),
-        dtype=source.dtype,
-        device=source.device,
-        memory_format=torch.channels_last,
-    )
     if result.numel():
         plan.start(source, source if output is None else output, packed, result)
     return result
@@ -644,8 +658,8 @@ def _plan(
 ) -> _Plan:
     """How the kernel of `pass_` is launched on images of these strides, in its order of tensors.
 
-    Strides are those of source and output, in the gradient of the weights of x, grad and output; an
-    output that is not read may be left out.
+    Strides are those of source, output and result, in the gradient of the weights of x, grad and
+    output; an output that is not read may be left out.
     """
     launches.validate(problem, launch, pass_)
     align = math.gcd(launch.vector, problem.channels, *itertools.chain(*strides))
@@ -666,9 +680,10 @@ def _plan(
         constants["PATCHES"] = launch.patches
         constants["CHANNELS"] = launch.channels
     else:
-        source, output = (*units, *units)[:2]
+        source, output, result = units[0], units[-2], units[-1]
         source_size, size = (image, out) if pass_ == "forward" else (out, image)
-        sizes = (*source_size, *source, *output, *size, launch.channels // launch.vector)
+        vectors = launch.channels // launch.vector
+        sizes = (*source_size, *source, *output, *size, *result, vectors)
         constants["LANES"] = launch.lanes
         constants["VECTOR"] = launch.vector
         constants["WIDE"] = launches.lanes(problem, launch, pass_) + launch.lanes > 2**31
@@ -746,8 +761,8 @@ def source(
     x = (problem.channels, problem.height, problem.width)
     out = (problem.out_channels, problem.out_height, problem.out_width)
     images = {
-        "forward": [x],
-        "backward_input": [out, out],
+        "forward": [x, out],
+        "backward_input": [out, out, x],
         "backward_weight": [x, out, out],
     }[pass_]
     strides = [(c * h * w, c * w, c) for c, h, w in images]

@@ -25,6 +25,7 @@ from cvfast.perf import devices
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 
 KERNEL_BACKENDS = ("cpu", "triton", "cuda")
+_OUT_BACKENDS = ("cpu", "triton")  # whose operators write into a given tensor too
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PANEL = 16  # kDepthwisePanel of csrc/common/depthwise.h
 
@@ -49,7 +50,8 @@ _library.define(
 )
 for _backend in KERNEL_BACKENDS:
     _library.define(f"depthwise_{_backend}({_PACKED}) -> Tensor", tags=_TAGS)
-_library.define(f"depthwise_cpu.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
+for _backend in _OUT_BACKENDS:
+    _library.define(f"depthwise_{_backend}.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 # What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.depthwise.cuda.
 _library.define(f"depthwise_cuda_launch({_PACKED}, int[] launch) -> Tensor")
 _library.define(f"depthwise_backward_input_cuda_launch({_GRAD_INPUT}, int[] launch) -> Tensor")
@@ -354,7 +356,14 @@ def _problem(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Problem:
+    if len(padding) not in (2, 4) or min(padding) < 0:
+        raise ValueError(
+            f"depthwise: padding={list(padding)}: expected (vertical, horizontal) or (top, left, "
+            "bottom, right), none negative"
+        )
     batch, channels, height, width = x_size
+    # Tuned tables know symmetric padding by two numbers.
+    before, after = tuple(padding[:2]), tuple(padding[-2:])
     return Problem(
         batch,
         channels,
@@ -362,11 +371,26 @@ def _problem(
         width,
         kernel=(kernel_size[0], kernel_size[1]),
         stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
+        padding=before if before == after else before + after,
         dilation=(dilation[0], dilation[1]),
         multiplier=multiplier,
         dtype=dtype,
     )
+
+
+def problem(
+    x: Tensor,
+    packed: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    out: Tensor | None = None,
+) -> Problem:
+    """What the GPU operators choose their launch parameters by; arguments are theirs."""
+    del activation, out
+    return _problem(x.shape, x.dtype, packed.shape[0], kernel_size, stride, padding, dilation)
 
 
 def _gpu_forward(
@@ -378,14 +402,16 @@ def _gpu_forward(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     geometry = (kernel_size, stride, padding, dilation)
-    problem = _problem(x.shape, x.dtype, packed.shape[0], *geometry)
-    launch = table.choose("depthwise", backend, problem, "forward", devices.for_tensor(x))
+    call = problem(x, packed, *geometry, activation)
+    launch = table.choose("depthwise", backend, call, "forward", devices.for_tensor(x))
     if backend == "triton":
         from cvfast.kernels import depthwise as kernels
 
-        return kernels.forward(x, packed, problem, launch, activation)
+        return kernels.forward(x, packed, call, launch, activation, out)
     return torch.ops.cvfast.depthwise_cuda_launch(
         x, packed, *geometry, activation, launch.as_ints()
     )
@@ -397,6 +423,11 @@ for _backend in ("triton", "cuda"):
         functools.partial(_gpu_forward, _backend),
         "CompositeExplicitAutograd",
     )
+
+
+@torch.library.impl(_library, "depthwise_triton.out", "CompositeExplicitAutograd")
+def _triton_out(*arguments: Any, out: Tensor) -> None:
+    _gpu_forward("triton", *arguments, out=out)
 
 
 def _fake_output(
@@ -454,17 +485,20 @@ for _backend in KERNEL_BACKENDS:
     )
 
 
-@torch.library.register_fake("cvfast::depthwise_cpu.out")
-def _depthwise_cpu_out_fake(*arguments: Any, out: Tensor) -> None:
+def _out_fake(*arguments: Any, out: Tensor) -> None:
     del arguments, out
 
 
-_library.impl(
-    "depthwise_cpu.out",
-    _gradient.refusal(torch.ops.cvfast.depthwise_cpu.out, "call cvfast.ops.depthwise"),
-    "Autograd",
-    with_keyset=True,
-)
+for _backend in _OUT_BACKENDS:
+    torch.library.register_fake(f"cvfast::depthwise_{_backend}.out", _out_fake)
+    _library.impl(
+        f"depthwise_{_backend}.out",
+        _gradient.refusal(
+            getattr(torch.ops.cvfast, f"depthwise_{_backend}").out, "call cvfast.ops.depthwise"
+        ),
+        "Autograd",
+        with_keyset=True,
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

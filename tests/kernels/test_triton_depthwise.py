@@ -29,7 +29,7 @@ class Case:
     size: tuple[int, int] = (6, 5)
     kernel: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
+    padding: tuple[int, ...] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     multiplier: int = 1
     activation: str = "none"
@@ -74,9 +74,11 @@ class Case:
         return image(y.shape, self.dtype, seed=3).to(y.device)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        top, left, bottom, right = (*self.padding, *self.padding)[:4]
+        x = torch.nn.functional.pad(x, (left, right, top, bottom))
         # Through oneDNN some 16-bit depthwise convolutions are wrong (torch 2.13).
         with torch.backends.mkldnn.flags(enabled=False):
-            return reference(x, weight, bias, self.stride, self.padding, self.dilation, "none")
+            return reference(x, weight, bias, self.stride, (0, 0), self.dilation, "none")
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return apply_activation(self.linear(x, weight, bias), self.activation)
@@ -175,6 +177,9 @@ CASES = [
     Case(padding=(0, 2)),
     Case(padding=(4, 5), size=(3, 2), rows=2),
     Case(padding=(4, 4), stride=(2, 2), size=(1, 1), rows=2),
+    # Padding of one side alone, as TensorFlow's "same" has it.
+    Case(padding=(0, 0, 1, 1), stride=(2, 2), size=(6, 4), rows=2),
+    Case(padding=(3, 0, 1, 2), kernel=(3, 2), size=(4, 5), rows=2),
     Case(size=(1, 9), batch=3),
     Case(size=(9, 1)),
     Case(multiplier=2, rows=2),
@@ -310,6 +315,31 @@ def test_channel_slices_are_read_in_place_and_nothing_around_them(
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(channels=11, rows=4),
+        Case(channels=16, stride=(2, 2), rows=2, vector=8, wide=16),
+        Case(channels=5, size=(1, 4), multiplier=2, rows=2, vector=1, wide=4),
+    ],
+    ids=str,
+)
+def test_writes_into_a_channel_slice_and_nothing_around_it(
+    case: Case, dtype: torch.dtype, device: str
+) -> None:
+    case = replace(case, dtype=dtype, batch=2, activation="relu6")
+    x, weight, bias = case.tensors(device)
+    packed = prepack(weight, bias, multiplier=case.multiplier)
+    plain = case.forward(x, weight, bias)
+    around = guarded(torch.full_like(plain, float("nan")), canary=12.0)
+    launch = case.launch("forward")
+    y = kernels.forward(x, packed, case.problem, launch, "relu6", around.tensor)
+    assert y is around.tensor
+    assert torch.equal(y, plain)
+    around.assert_untouched()
+
+
 @pytest.mark.slow
 def test_offsets_beyond_two_to_the_31(device: str) -> None:
     # Two images 2^31 + 64 elements apart; on the CPU, only the pages touched take memory.
@@ -386,6 +416,8 @@ def test_images_expanded_and_one_pixel_wide(device: str) -> None:
         ({"packed": torch.zeros(1, 1, 10, 16).double()}, "cvfast.ops.depthwise.prepack"),
         ({"packed": torch.zeros(1, 1, 10, 16, device="meta")}, "different devices: cpu, cpu, meta"),
         ({"activation": "gelu"}, "unknown activation 'gelu'"),
+        ({"out": torch.zeros(1, 8, 6, 4)}, r"out is torch.float32 \(1, 8, 6, 4\)"),
+        ({"out": torch.zeros(1, 8, 6, 5)}, "out is not channels-last"),
         ({"launch": Launch(2, 2, 3, 6, 1)}, "vector=3"),
         ({"launch": Launch(0, 2, 4, 8, 1)}, "rows=0: expected at least 1"),
     ],

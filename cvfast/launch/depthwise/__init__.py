@@ -17,7 +17,8 @@ class Problem:
     Attributes:
         batch, channels, height, width: of the image x.
         multiplier: output channels per input channel.
-        kernel, stride, padding, dilation: (vertical, horizontal).
+        kernel, stride, dilation: (vertical, horizontal).
+        padding: (vertical, horizontal), or (top, left, bottom, right).
         dtype: of x.
     """
 
@@ -27,7 +28,7 @@ class Problem:
     width: int
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     multiplier: int = 1
     dtype: torch.dtype = torch.float16
@@ -49,7 +50,8 @@ class Problem:
 
     def _positions(self, axis: int, size: int) -> int:
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+        padding = self.padding[axis] + self.padding[axis - 2]
+        return (size + padding - reach) // self.stride[axis] + 1
 
     def flops(self) -> int:
         """Multiplications and additions of the forward pass."""
