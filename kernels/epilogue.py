@@ -15,6 +15,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         or ACTIVATION == "relu"
         or ACTIVATION == "relu6"
         or ACTIVATION == "hardswish"
+        or ACTIVATION == "hardsigmoid"
     )
     if ACTIVATION == "relu":
         x = tl.maximum(x, 0.0, tl.PropagateNan.ALL)
@@ -22,6 +23,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = _clamp6(x)
     elif ACTIVATION == "hardswish":
         x = x * _clamp6(x + 3.0) * (1.0 / 6.0)
+    elif ACTIVATION == "hardsigmoid":
+        x = _clamp6(x + 3.0) * (1.0 / 6.0)
     return x
 
 

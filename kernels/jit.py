@@ -13,9 +13,28 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from triton import knobs
-from triton.runtime.interpreter import InterpretedFunction
+from triton import language as tl
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
+
+
+def _widened(operand: TensorHandle) -> TensorHandle:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    bits = operand.data.astype(np.uint32) << 16
+    return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _dot(a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    """A product of the interpreter, which in Triton 3.6 takes bfloat16 for its bits' integers."""
+    return type(interpreter_builder).create_dot(
+        interpreter_builder, _widened(a), _widened(b), *rest
+    )
+
+
+interpreter_builder.create_dot = _dot
 
 
 class Kernel(JITFunction):

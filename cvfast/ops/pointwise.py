@@ -187,6 +187,35 @@ def prepack(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -
     return torch.cat(rows)
 
 
+def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights in the layout that the GPU kernels read; carry no gradient.
+
+    Args:
+        weight: [O, C, 1, 1] or [O, C], any floating dtype.
+        bias: [O] or None, which counts as zeros.
+        dtype: of the images.
+
+    Returns:
+        weight [C, N] in `dtype` and bias [N] in float32, N being O rounded up to a multiple of 16;
+        zeros beyond the last channel.
+
+    Raises:
+        ValueError: if weight is not pointwise, or the kernels do not take the dtype.
+    """
+    if weight.dim() not in (2, 4) or weight.shape[2:].numel() != 1:
+        raise ValueError(
+            f"pointwise.prepack_gpu: weight has shape {tuple(weight.shape)}, expected [O, C, 1, 1]"
+        )
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"pointwise.prepack_gpu: the kernels do not take images of {dtype}")
+    rows = weight.detach().flatten(1)
+    rest = -rows.shape[0] % _PANEL
+    packed = F.pad(rows.to(dtype).t(), (0, rest)).contiguous()
+    if bias is None:
+        return packed, packed.new_zeros(packed.shape[1], dtype=torch.float32)
+    return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+
+
 def output_size(size: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
     """(H', W') of a strided pointwise convolution over an image of `size` (H, W)."""
     return (size[0] - 1) // stride[0] + 1, (size[1] - 1) // stride[1] + 1
