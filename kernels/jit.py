@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from triton import knobs
 from triton import language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
 
@@ -35,6 +36,17 @@ def _dot(a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
 
 
 interpreter_builder.create_dot = _dot
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    # The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer takes for
+    # numbers: loops from one scalar to another would fail.
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+interpreter._patch_lang_tensor = _patch_tensor
 
 
 class Kernel(JITFunction):
