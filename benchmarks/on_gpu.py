@@ -68,8 +68,8 @@ class Stage:
     Attributes:
         limit: seconds; None for all that are left.
         share: of the budget, that the stages before it must leave.
-        results: files of the checkout that the stage writes, by pattern, and the folder of the
-            results that those just written are copied to.
+        results: files of the checkout that the stage writes, and the folder of the results that
+            those just written are copied to; of a pattern, the name of an archive.
     """
 
     name: str
@@ -150,15 +150,25 @@ STAGES = (
         "tune",
         "launch parameters for this GPU",
         60,
-        (Command("{python} benchmarks/tune.py --budget {seconds}"),),
+        (
+            Command(
+                "{python} -m cvfast tune --budget {seconds}",
+                environ={"PYTHONSAFEPATH": "1"},
+                modules=("typer", "rich"),
+            ),
+        ),
         results={"cvfast/launch/tuned/*.json": "tuned"},
         share=0.06,
     ),
     Stage(
         "bench-ops",
-        "the depthwise kernels against eager, max-autotune and a copy of the same bytes",
-        75,
+        "the kernels against eager, max-autotune and a copy of the same bytes",
+        100,
         (
+            Command(
+                "{python} benchmarks/bench_gpu_ops.py --json {out}/ops.json "
+                "--budget {half} --min-time 0.02"
+            ),
             Command(
                 "{python} benchmarks/bench_depthwise.py --device cuda --json {out}/depthwise.json "
                 "--dtype float16 --batch 256 --passes forward --filter mobilenet_v2 "
@@ -410,12 +420,17 @@ def _judge(status: int | None, limit: float, log: Path) -> tuple[str, str]:
 
 
 def _collect(stage: Stage, out: Path, begun: float) -> None:
-    """Copies what the stage wrote into the checkout."""
-    for pattern, folder in stage.results.items():
-        for file in ROOT.glob(pattern):
-            if file.stat().st_mtime >= begun - 1:
-                (out / folder).mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, out / folder)
+    """Copies what the stage wrote into the checkout: a file by its name, those of a pattern packed
+    together, since they may be many."""
+    for pattern, target in stage.results.items():
+        files = [file for file in ROOT.glob(pattern) if file.stat().st_mtime >= begun - 1]
+        if files and "*" in pattern:
+            with tarfile.open(out / f"{target}.tar.gz", "w:gz") as archive:
+                for file in sorted(files):
+                    archive.add(file, f"{target}/{file.name}")
+        elif files:
+            (out / target).mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[0], out / target)
 
 
 def pack(out: Path) -> None:

@@ -1,19 +1,18 @@
-"""Predicted times of every depthwise layer of the MobileNets on several GPUs.
+"""Predicted times of every layer of the networks on several GPUs, an operator's in a file.
 
-    python benchmarks/predictions.py [--check]
+    python benchmarks/predictions.py [--op OP ...] [--check]
 
-For each layer, batch, GPU and backend: the kernel and launch that the layer would get there,
-compiled for that architecture (needs nvcc and Triton, no GPU), and the time that
-`cvfast.perf.predict` gives it. Written to benchmarks/results/gpu/predicted_depthwise.json, beside
-which the first measurement on such a GPU stands or falls. `--check` writes nothing and exits with 1
-if the file differs from what is predicted now.
+For each call of the networks, batch, GPU and backend: the kernel and launch that the call would get
+there, compiled for that architecture (needs nvcc and Triton, no GPU), and the time that
+`cvfast.perf.predict` gives it. Written to benchmarks/results/gpu/predicted_<op>.json, beside which
+the first measurement on such a GPU stands or falls. `--check` writes nothing and exits with 1 if a
+file differs from what is predicted now.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,60 +23,74 @@ from typing import Any
 import torch
 
 from cvfast import inventory
-from cvfast.inventory import Call, Configuration
-from cvfast.ops.depthwise import bytes_moved, flops
+from cvfast.inventory import Configuration
+from cvfast.launch import calls
+from cvfast.launch.calls import Call
 from cvfast.perf.devices import Device, find
 from cvfast.perf.predict import Work, predict
 
-RESULT = Path(__file__).parent / "results" / "gpu" / "predicted_depthwise.json"
+RESULTS = Path(__file__).parent / "results" / "gpu"
 DEVICES = ("H200", "RTX 4090", "RTX 5090")
 BATCHES = (1, 256)
 NOTE = (
-    "Forward pass in float16 with cold L2, all distinct depthwise layers of MobileNet v1, v2, v3 "
-    "and EfficientNet-Lite0 summed, by the model in `cvfast/perf/predict.py`."
+    "Forward pass in float16 with cold L2, all distinct calls of {} summed, by the model in "
+    "`cvfast/perf/predict.py`."
 )
+TARGETS = {
+    "depthwise": "at least 80 %, then 90 % of the bandwidth of a device copy, every MobileNet v2 "
+    "layer, cold L2",
+    "inverted_residual": "at least 2x, then 4x as fast as the three best separate kernels, one "
+    "kernel, layers of 112 to 28 pixels",
+}
+"""What a measurement is to reach, where an operator has a target of its own."""
 
 
-def layers(batches: Sequence[int] = BATCHES) -> list[Call]:
-    """Every distinct depthwise layer of the networks, float16, forward, at each batch size."""
-    calls: dict[Call, None] = {}
-    for batch in batches:
-        for call in inventory.network_calls():
-            if call.pass_ == "forward" and call.problem.dtype is torch.float16:
-                # Layers that differ in their activation alone take the same time.
-                problem = replace(call.problem, batch=batch)
-                calls[Call(problem, call.pass_, "relu6")] = None
-    return list(calls)
+def result(op: str) -> Path:
+    """The file of an operator."""
+    return RESULTS / f"predicted_{op}.json"
 
 
-def predicted(device: Device, backend: str, calls: Iterable[Call]) -> list[dict[str, Any]]:
-    """A row per layer on one device and backend. Times in seconds."""
+def layers(op: str, batches: Sequence[int] = BATCHES) -> list[Call]:
+    """Every distinct forward call of the networks in float16, at each batch size."""
+    found: dict[Call, None] = {}
+    for call in calls.network_calls([op], batches):
+        if call.pass_ == "forward" and call.problem.dtype is torch.float16:
+            # Calls that differ in their activation alone take the same time.
+            found.setdefault(replace(call, activation="relu6"), None)
+    return list(found)
+
+
+def predicted(device: Device, backend: str, todo: Iterable[Call]) -> list[dict[str, Any]]:
+    """A row per call on one device and backend. Times in seconds."""
     found: dict[Call, Configuration] = {}
     arch = device.architecture.name
-    for call in calls:
-        launch = inventory.launch_of("depthwise", backend, arch, call)
-        (found[call],) = inventory.configure("depthwise", backend, arch, call, launch)
+    for call in todo:
+        launch = inventory.launch_of(backend, arch, call)
+        found[call] = inventory.configure(backend, arch, call, launch)[0]
     builds = inventory.build(list(found.values()))
     rows = []
     for call, configuration in found.items():
-        result = builds[configuration.key]
-        if result.error:
-            raise SystemExit(f"{configuration.config}: {result.error}")
-        work = _work(call)
+        built = builds[configuration.key]
+        if built.error:
+            raise SystemExit(f"{configuration.config}: {built.error}")
+        work = _work(call.problem)
         prediction = predict(
             device,
-            result.binaries[configuration.function],
+            built.binaries[configuration.function],
             work,
             blocks=configuration.blocks,
             threads=configuration.threads,
-            dynamic_shared=inventory.dynamic_shared(configuration, result),
+            dynamic_shared=inventory.dynamic_shared(configuration, built),
         )
+        peak = device.fp32_flops
+        if inventory.uses_matrix_units(call, configuration.launch):
+            peak = device.matrix_flops(call.problem.dtype)
         rows.append(
             {
                 "device": device.name,
                 "backend": backend,
                 "batch": call.problem.batch,
-                "layer": inventory.describe(call),
+                "layer": call.describe(),
                 "config": configuration.config,
                 "bytes": work.bytes,
                 "flops": 2 * work.multiply_adds,
@@ -86,7 +99,7 @@ def predicted(device: Device, backend: str, calls: Iterable[Call]) -> list[dict[
                 "occupancy": round(prediction.occupancy.fraction, 3),
                 "occupancy_limiter": prediction.occupancy.limiter,
                 "seconds": _round(prediction.seconds),
-                "roofline": _round(prediction.roofline),
+                "roofline": _round(max(prediction.roofline, 2 * work.multiply_adds / peak)),
                 "copy_share": round(prediction.copy_share, 3),
                 "limiter": prediction.limiter,
             }
@@ -94,16 +107,12 @@ def predicted(device: Device, backend: str, calls: Iterable[Call]) -> list[dict[
     return rows
 
 
-def _work(call: Call) -> Work:
-    problem = call.problem
-    out = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
-    shape = (problem.batch, problem.channels, problem.height, problem.width)
-    written = math.prod(out) * problem.dtype.itemsize
-    return Work(
-        read=bytes_moved(shape, problem.kernel, out, problem.dtype) - written,
-        written=written,
-        multiply_adds=flops(problem.kernel, out) // 2,
-    )
+def _work(problem: Any) -> Work:
+    written = problem.batch * problem.dtype.itemsize
+    # Operators that keep a size have no name for it after them.
+    for name in ("channels", "height", "width"):
+        written *= getattr(problem, f"out_{name}", None) or getattr(problem, name)
+    return Work(problem.bytes() - written, written, multiply_adds=problem.flops() // 2)
 
 
 def _round(seconds: float) -> float:
@@ -134,14 +143,16 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def render(rows: Sequence[dict[str, Any]]) -> str:
-    """The file: each row and each group on a line of its own."""
+def render(op: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The file of an operator: each row and each group on a line of its own."""
 
     def lines(items: Sequence[dict[str, Any]]) -> str:
         return "[\n" + ",\n".join(json.dumps(item) for item in items) + "\n]"
 
+    networks = ", ".join(calls.column(op).networks)
     parts = (
-        f'"note": {json.dumps(NOTE)}',
+        f'"note": {json.dumps(NOTE.format(networks))}',
+        f'"target": {json.dumps(TARGETS.get(op))}',
         f'"summary": {lines(summarize(rows))}',
         f'"rows": {lines(rows)}',
     )
@@ -150,26 +161,30 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", nargs="+", choices=calls.OPS, default=calls.OPS)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
     options = parser.parse_args()
-    calls = layers()
-    rows = [
-        row
-        for name in DEVICES
-        for backend in inventory.BACKENDS
-        for row in predicted(find(name), backend, calls)
-    ]
-    text = render(rows)
-    if options.check:
-        if not RESULT.exists() or RESULT.read_text(encoding="utf-8") != text:
-            print(f"{RESULT} is outdated: run python benchmarks/predictions.py", file=sys.stderr)
-            return 1
-        return 0
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(text, encoding="utf-8")
-    for group in summarize(rows):
-        print(group)
-    return 0
+    outdated = False
+    for op in options.op:
+        todo, path = layers(op), result(op)
+        rows = [
+            row
+            for name in DEVICES
+            for backend in calls.column(op).backends
+            for row in predicted(find(name), backend, todo)
+        ]
+        text = render(op, rows)
+        if options.check:
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                command = f"python benchmarks/predictions.py --op {op}"
+                print(f"{path} is outdated: run {command}", file=sys.stderr)
+                outdated = True
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        for group in summarize(rows):
+            print(op, group)
+    return int(outdated)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/profile_kernels.py [--json FILE] [--log FILE]
 
-Each kernel is profiled with cold caches, on layers of MobileNet v2 large enough to fill a GPU, and
-what it reads from and writes to DRAM stands beside the least that its pass has to. Clocks are left
-as they are. Exit code 77 if the counters cannot be read here, with the reason.
+Each kernel is profiled with cold caches, on calls of networks large enough to fill a GPU, and what
+it reads from and writes to DRAM stands beside the least that its pass has to. Clocks are left as
+they are. Exit code 77 if the counters cannot be read here, with the reason.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from shapes import DepthwiseLayer, distinct, mobilenet_depthwise_layers
-
+from cvfast import extension, inventory
+from cvfast.launch import calls
+from cvfast.launch.calls import Call
 from cvfast.perf import environment, nvtx
 
 RESULTS = Path(__file__).parent / "results" / "gpu" / "profile.json"
 SKIPPED = 77
-BACKENDS = ("cuda", "triton")
 BATCH = 64
 DTYPE = torch.float16
 METRICS = {
@@ -40,12 +40,14 @@ METRICS = {
     "l1tex__throughput.avg.pct_of_peak_sustained_elapsed": "l1_percent",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "l2_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
     "launch__registers_per_thread": "registers",
     "launch__occupancy_limit_registers": "blocks_by_registers",
     "launch__occupancy_limit_shared_mem": "blocks_by_shared_memory",
     "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank_conflicts",
 }
+UNKNOWN = "Failed to find metric"
 # What ncu says where it may not, or cannot, read the counters; and what to do about it.
 UNABLE = {
     "ERR_NVGPUCTRPERM": "the driver permits the counters to administrators only",
@@ -54,65 +56,48 @@ UNABLE = {
 }
 
 
-def layers() -> list[DepthwiseLayer]:
-    """Of MobileNet v2: the largest image, each stride, and a small image with many channels."""
-    wanted = {(32, 112, 1), (96, 112, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (960, 7, 1)}
-    chain = distinct([one for one in mobilenet_depthwise_layers() if one.model == "mobilenet_v2"])
-    return [one for one in chain if (one.channels, one.size, one.stride) in wanted]
+def profiled() -> list[Call]:
+    """Of every operator and pass: the largest call of each kind that networks have most of."""
+    chosen = [call for call in calls.sample_calls() if call.problem.dtype is DTYPE]
+    most = {call.op: max(c.problem.batch for c in chosen if c.op == call.op) for call in chosen}
+    return [
+        replace(
+            call, problem=replace(call.problem, batch=call.problem.batch * BATCH // most[call.op])
+        )
+        for call in chosen
+        if call.problem.batch == most[call.op]
+    ]
 
 
-def range_name(layer: DepthwiseLayer, which: str, backend: str) -> str:
-    return nvtx.name(
-        layer.model, layer.name.removeprefix(f"{layer.model}."), f"depthwise.{which}.{backend}"
-    )
+def range_name(call: Call, backend: str) -> str:
+    spelled = re.sub(r"[^\w.-]+", "_", call.describe())
+    return nvtx.name(call.op, spelled, f"{call.pass_}.{backend}")
 
 
 def run(device: str = "cuda") -> None:
-    """What is profiled: each pass of each layer on each backend once, in a range of its own."""
-    from cvfast import backends
-    from cvfast.ops import depthwise
-    from cvfast.ops.depthwise import prepack, prepacked_op
-
+    """What is profiled: each call on each backend once, in a range of its own."""
     nvtx.enable()
     profiler = torch.cuda.profiler
-    for layer in layers():
-        x, weight, bias = layer.tensors(BATCH, DTYPE, device)
-        stride, padding = [layer.stride] * 2, [layer.kernel // 2] * 2
-        packed = prepack(weight, bias)
-        geometry = ([layer.kernel] * 2, stride, padding, [1, 1], layer.activation)
-        options: dict[str, Any] = {
-            "stride": stride,
-            "padding": padding,
-            "activation": layer.activation,
-        }
-        for backend in BACKENDS:
-            if backends.supports("depthwise", backend, x) is not None:
+    for call in profiled():
+        example = inventory.example(call, device=device)
+        for backend in calls.column(call.op).backends:
+            if not extension.load(backend):
                 continue
-            inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-            y = depthwise(*inputs, **options, backend=backend)
-            grad = torch.ones_like(y)
-            for profiled in (False, True):  # the first compiles
-                if profiled:
-                    profiler.start()
-                with nvtx.range(range_name(layer, "forward", backend)):
-                    prepacked_op(backend)(x, packed, *geometry)
-                # A range covers its thread, and autograd has one of its own for each GPU.
-                with (
-                    torch.autograd.set_multithreading_enabled(False),
-                    nvtx.range(range_name(layer, "backward", backend)),
-                ):
-                    torch.autograd.grad(y, inputs, grad, retain_graph=True)
-                torch.cuda.synchronize()
-                if profiled:
-                    profiler.stop()
+            example.run(backend)  # compiles
+            torch.cuda.synchronize()
+            profiler.start()
+            with nvtx.range(range_name(call, backend)):
+                example.run(backend)
+            torch.cuda.synchronize()
+            profiler.stop()
 
 
-def command(ncu: str) -> list[str]:
+def command(ncu: str, metrics: Iterable[str] = METRICS) -> list[str]:
     """Nsight Compute over `run`."""
     return [
         ncu, "--csv", "--page", "raw", "--print-units", "base", "--nvtx",
         "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "all",
-        "--metrics", ",".join(METRICS),
+        "--metrics", ",".join(metrics),
         sys.executable, __file__, "--run",
     ]  # fmt: skip
 
@@ -132,12 +117,13 @@ def parse(lines: Iterable[str]) -> list[dict[str, Any]]:
         )
         if label is None or "at::native" in row["Kernel Name"]:
             continue
-        _, model, layer, pattern = label.split("/")
-        _, which, backend = pattern.split(".")
+        _, op, layer, pattern = label.split("/")
+        which, backend = pattern.split(".")
         counters = {name: _number(row[metric]) for metric, name in METRICS.items() if metric in row}
         found.append(
             {
-                "layer": f"{model}.{layer}",
+                "op": op,
+                "layer": layer,
                 "pass": which,
                 "backend": backend,
                 "kernel": row["Kernel Name"],
@@ -164,22 +150,20 @@ def refusal(output: str) -> str | None:
 
 def with_least_bytes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, those of a forward pass with the bytes that it has to move."""
-    from cvfast.ops.depthwise import bytes_moved
-
-    least = {}
-    for layer in layers():
-        x = (BATCH, layer.channels, layer.size, layer.size)
-        y = (BATCH, layer.channels, layer.out_size, layer.out_size)
-        least[layer.name] = bytes_moved(x, (layer.kernel, layer.kernel), y, DTYPE)
+    least = {
+        tuple(range_name(call, "any").split("/")[1:3]): call.problem.bytes() for call in profiled()
+    }
     return [
-        {**row, "least_bytes": least[row["layer"]]} if row["pass"] == "forward" else dict(row)
+        {**row, "least_bytes": least[row["op"], row["layer"]]}
+        if row["pass"] == "forward"
+        else dict(row)
         for row in rows
     ]
 
 
 def describe(row: dict[str, Any]) -> str:
     """One line."""
-    parts = [f"{row['layer']:40s} {row['pass']:8s} {row['backend']:6s}"]
+    parts = [f"{row['op']} {row['layer']:40s} {row['pass']:8s} {row['backend']:6s}"]
     read, written = row.get("dram_bytes_read"), row.get("dram_bytes_written")
     if read is not None and written is not None:
         moved = f"{1e-6 * read:.1f} MB read, {1e-6 * written:.1f} MB written"
@@ -188,7 +172,7 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(moved)
     parts += [
         f"{name} {row[f'{name}_percent']:.0f} %"
-        for name in ("dram", "sm", "occupancy")
+        for name in ("dram", "sm", "tensor", "occupancy")
         if row.get(f"{name}_percent") is not None
     ]
     return "  ".join([*parts, row["kernel"][:60]])
@@ -208,6 +192,10 @@ def main() -> int:
         print("skipped: ncu (Nsight Compute) is not on PATH")
         return SKIPPED
     done = subprocess.run(command(ncu), capture_output=True, text=True, check=False)
+    if UNKNOWN in done.stdout + done.stderr:
+        # Metrics have other names on some architectures: those that all have are better than none.
+        common = [name for name in METRICS if METRICS[name] != "tensor_percent"]
+        done = subprocess.run(command(ncu, common), capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
     if args.log:
         args.log.write_text(output)

@@ -1,4 +1,4 @@
-"""The tables of README and docs/benchmarking.md, made from the committed JSON.
+"""The tables of README and docs, made from the committed JSON.
 
     python benchmarks/tables.py [--check] [FILE ...]
 
@@ -19,7 +19,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarking.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "benchmarking.md",
+    ROOT / "docs" / "compiled_code.md",
+]
 EAGER = ("eager", "eager_channels_last")
 SETTING = ("threads", "batch", "dtype")  # what a summary of the depthwise layers is over
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -196,26 +200,35 @@ def validation(results: Path = RESULTS) -> str:
     return markdown(head, body)
 
 
-def predictions(results: Path = RESULTS) -> str:
-    """Predicted times of the depthwise layers on GPUs, a row per device, batch and backend."""
-    predicted = _load(results / "gpu" / "predicted_depthwise.json")
-    if predicted is None:
+def predictions(results: Path = RESULTS, op: str = "*") -> str:
+    """Predicted times of the networks' layers on GPUs, a row per operator, device, batch and
+    backend."""
+    files = sorted((results / "gpu").glob(f"predicted_{op}.json"))
+    if not files:
         return not_measured("python benchmarks/predictions.py")
-    body = [
-        [
-            group["device"],
-            str(group["batch"]),
-            group["backend"],
-            f"{1e6 * group['seconds']:.0f}",
-            f"{1e6 * group['roofline']:.0f}",
-            f"{group['copy_share']['least']:.0%} to {group['copy_share']['most']:.0%}",
-            ", ".join(f"{name} {count}" for name, count in group["limiters"].items()),
+    body, notes = [], []
+    for file in files:
+        name = file.stem.removeprefix("predicted_")
+        predicted = json.loads(file.read_text(encoding="utf-8"))
+        target = f" Target: {predicted['target']}." if predicted["target"] else ""
+        notes.append(f"`{name}`: {predicted['note']}{target}")
+        body += [
+            [
+                f"`{name}`",
+                group["device"],
+                str(group["batch"]),
+                group["backend"],
+                str(group["layers"]),
+                f"{1e6 * group['seconds']:.0f}",
+                f"{1e6 * group['roofline']:.0f}",
+                f"{group['copy_share']['least']:.0%} to {group['copy_share']['most']:.0%}",
+                ", ".join(f"{limiter} {count}" for limiter, count in group["limiters"].items()),
+            ]
+            for group in predicted["summary"]
         ]
-        for group in predicted["summary"]
-    ]
-    head = ["device", "batch", "backend", "predicted, µs", "bytes / data sheet, µs"]
-    text = markdown([*head, "of copy bandwidth", "layers limited by"], body)
-    return f"{text}\n{predicted['note']} No kernel has been timed for this table.\n"
+    head = ["operator", "device", "batch", "backend", "calls", "predicted, µs", "roofline, µs"]
+    text = markdown([*head, "of copy bandwidth", "calls limited by"], body)
+    return f"{text}\n{' '.join(notes)} No kernel has been timed for this table.\n"
 
 
 def _load(path: Path) -> dict[str, Any] | None:
@@ -277,7 +290,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "pointwise-cpu": pointwise,
     "conv-cpu": conv,
     "validation": validation,
-    "depthwise-predicted": predictions,
+    "depthwise-predicted": functools.partial(predictions, op="depthwise"),
+    "predicted": predictions,
 }
 
 

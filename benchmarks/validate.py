@@ -3,10 +3,10 @@
     python benchmarks/validate.py [--junit FILE] [--output FILE]
 
 Runs the tests of GPU kernels, or takes their result from the `--junitxml` of a run just made, and
-measures the error of every kernel against float64: on every depthwise layer of the MobileNets in
-float16, on some layers in the other dtypes, and on calls with odd channels, dilation and depth
-multipliers. A kernel whose tests and errors all pass is recorded with the hash of its sources; exit
-code 1 if any does not.
+measures the error of every kernel against float64: on every layer of the networks in float16, on
+some layers in the other dtypes, and on calls beyond those of the networks, with odd channels and
+every flag of the kernel. A kernel whose tests and errors all pass is recorded with the hash of its
+sources; exit code 1 if any does not.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cvfast import inventory, tolerance, validation
-from cvfast.inventory import Call
-from cvfast.ops.depthwise import depthwise
+from cvfast.launch import calls
+from cvfast.launch.calls import Call
 from cvfast.perf import environment
 from cvfast.validation import Kernel, Proof
 
@@ -65,11 +64,12 @@ def run_tests(report: Path) -> None:
 
 def read_tests(report: Path, op: str, backend: str) -> Tests:
     """The results of the tests that name the operator and the backend, skipped ones left out."""
+    longer = [other for other in calls.OPS if op in other and other != op]  # global_pool of pool
     passed, failed = 0, []
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}"
         outcomes = {child.tag for child in case}
-        if op not in name or backend not in name or "skipped" in outcomes:
+        if not _names(name, op, longer) or backend not in name or "skipped" in outcomes:
             continue
         if outcomes & {"failure", "error"}:
             failed.append(name)
@@ -78,52 +78,31 @@ def read_tests(report: Path, op: str, backend: str) -> Tests:
     return Tests(passed, tuple(failed))
 
 
-def cases() -> list[Call]:
-    """The calls whose errors are measured."""
-    chosen: dict[Call, None] = {}
-    for call in inventory.network_calls():
-        if call.problem.dtype is torch.float16:
-            chosen[_at(BATCH, call)] = None
-    for call in (*inventory.sample_calls(), *inventory.general_calls()):
-        for dtype in inventory.DTYPES:
-            batch = min(BATCH, call.problem.batch)
-            chosen[_at(batch, replace(call, problem=replace(call.problem, dtype=dtype)))] = None
+def _names(name: str, op: str, longer: Sequence[str]) -> bool:
+    for other in longer:
+        name = name.replace(other, "")
+    return op in name
+
+
+def cases(op: str) -> list[Call]:
+    """The calls of an operator whose errors are measured."""
+    networks = calls.network_calls([op], [BATCH])
+    chosen = dict.fromkeys(call for call in networks if call.problem.dtype is torch.float16)
+    for call in calls.sample_calls([op]):
+        batch = min(BATCH, call.problem.batch)
+        for problem in calls.in_every_dtype(replace(call.problem, batch=batch)):
+            chosen[replace(call, problem=problem)] = None
+    chosen.update(dict.fromkeys(calls.general_calls([op])))
     return list(chosen)
 
 
-def _at(batch: int, call: Call) -> Call:
-    return replace(call, problem=replace(call.problem, batch=batch))
-
-
 def measure(call: Call, backend: str, device: str) -> float:
-    """The error of one call over what the policy allows; infinite if it fails otherwise.
-
-    With an activation, gradients are of whole numbers, which every dtype computes exactly: beside a
-    kink, a rounding error would decide whether they pass.
-    """
-    problem = call.problem
-    exact = call.pass_ != "forward" and call.activation != "none"
-    x, weight, bias = _inputs(call, exact, device)
-    options = {
-        "stride": problem.stride,
-        "padding": problem.padding,
-        "dilation": problem.dilation,
-        "activation": call.activation,
-    }
-    grad = _numbers((problem.batch, problem.out_channels, problem.out_height, problem.out_width),
-                    3, exact, device).to(problem.dtype)  # fmt: skip
-
-    def outcome(chosen: str, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.to(dtype).requires_grad_(call.pass_ != "forward") for t in (x, weight, bias)]
-        y = depthwise(*inputs, **options, backend=chosen)
-        if call.pass_ == "forward":
-            return [y]
-        gradients = torch.autograd.grad(y, inputs, grad.to(dtype))
-        return list(gradients[:1] if call.pass_ == "backward_input" else gradients[1:])
-
-    results = outcome(backend, problem.dtype)
-    baselines = outcome("reference", problem.dtype)
-    truths = outcome("reference", torch.float64)
+    """The error of one call over what the policy allows; infinite if it fails otherwise."""
+    example = inventory.example(call, device=device)
+    with inventory.rounding(call.problem):
+        results = example.run(backend)
+        baselines = example.reference(call.problem.dtype)
+        truths = example.reference(torch.float64)
     worst = 0.0
     for result, truth, baseline in zip(results, truths, baselines, strict=True):
         verdict = tolerance.check(result, truth, baseline)
@@ -131,22 +110,6 @@ def measure(call: Call, backend: str, device: str) -> float:
             return math.inf
         worst = max(worst, verdict.error / verdict.limit, verdict.max_error / verdict.max_limit)
     return worst
-
-
-def _inputs(call: Call, exact: bool, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    problem = call.problem
-    x = _numbers((problem.batch, problem.channels, problem.height, problem.width), 0, exact, device)
-    weight = _numbers((problem.out_channels, 1, *problem.kernel), 1, exact, device)
-    bias = _numbers((problem.out_channels,), 2, exact, device)
-    x = x.to(dtype=problem.dtype, memory_format=torch.channels_last)
-    return x, weight.to(problem.dtype), bias.to(problem.dtype)
-
-
-def _numbers(shape: tuple[int, ...], seed: int, exact: bool, device: str) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    if exact:
-        return torch.randint(-2, 3, shape, generator=generator, device=device).float()
-    return torch.randn(shape, generator=generator, device=device)
 
 
 @dataclass
@@ -184,7 +147,7 @@ class Processes:
         """`attempt` of each job; of one whose process died, that it did."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, context, initializer=_exact_float32)
+            self._pool = ProcessPoolExecutor(self._count, context)
         futures = [self._pool.submit(attempt, job) for job in jobs]
         outcomes: list[float | str] = []
         for future in futures:
@@ -203,18 +166,13 @@ class Processes:
             self._pool = None
 
 
-def _exact_float32() -> None:
-    # PyTorch's TF32 would widen what float32 kernels are allowed.
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def examine(tests: Tests, measured: Iterable[tuple[Call, float | str]]) -> Finding:
     """Judges a kernel's tests and the errors of its calls together."""
     finding = Finding(faults=tuple(f"{name} failed" for name in tests.failed))
     if tests.passed == 0:
         finding.faults += ("no test of it ran",)
     for call, outcome in measured:
-        name = inventory.describe(call)
+        name = call.describe()
         if isinstance(outcome, str):
             finding.faults += (f"{name}: {outcome}",)
             continue
@@ -283,9 +241,9 @@ def main() -> int:
     faulty, processes = False, Processes(min(8, os.cpu_count() or 1))
     for kernel in validation.KERNELS:
         own = tests[kernel.op, kernel.backend]
-        calls = [call for call in cases() if call.pass_ == kernel.pass_]
-        errors = processes.measure([(call, kernel.backend, "cuda") for call in calls])
-        finding = examine(own, zip(calls, errors, strict=True))
+        own_calls = [call for call in cases(kernel.op) if call.pass_ == kernel.pass_]
+        errors = processes.measure([(call, kernel.backend, "cuda") for call in own_calls])
+        finding = examine(own, zip(own_calls, errors, strict=True))
         state = f"{len(finding.faults)} faults" if finding.faults else "proven"
         print(
             f"{kernel.op} {kernel.backend} {kernel.pass_}: {state}; {finding.cases} cases, worst "

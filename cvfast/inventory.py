@@ -1,10 +1,10 @@
 """Every GPU kernel configuration that ships, compiled for every architecture and looked at.
 
-What ships follows from the networks: their depthwise layers, at two batch sizes and in every dtype,
-and `GENERAL`, a list of calls that reach what networks do not. For each, the launch parameters that
-a user of an architecture's device would get (tuned table or heuristic) decide which kernel runs and
-how it is launched; calls that end in the same kernel are one configuration. CUDA kernels are
-compiled from the checkout's sources with nvcc, or else read out of the built shared object.
+What ships follows from the networks and from lists of calls beyond them (`cvfast.launch.calls`).
+For each call, the launch parameters that a user of an architecture's device would get (tuned table
+or heuristic) decide which kernel runs and how it is launched; calls that end in the same kernel are
+one configuration. CUDA kernels are compiled from the checkout's sources with nvcc, or else read out
+of the built shared object.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cvfast import validation
 from cvfast.launch import table
-from cvfast.launch.depthwise import PASSES, Problem
-from cvfast.models import default_input_size, get_model
+from cvfast.launch.calls import BACKENDS, OPS, Call, column
+from cvfast.ops._example import Example
 from cvfast.perf import compiled, environment
 from cvfast.perf.compiled import Binary, ToolMissing
 from cvfast.perf.devices import (
@@ -44,39 +44,8 @@ from cvfast.perf.devices import (
 )
 from cvfast.validation import ROOT, Kernel
 
-NETWORKS = (
-    "mobilenet_v1",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "mobilenet_v3_large",
-    "efficientnet_lite0",
-)
-BATCHES = (1, 256)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLE_ARCHS = ("sm_86", "sm_90")
 """For a quick look: the least blocks and shared memory, and the most used data-centre GPU."""
-
-OPS = ("depthwise",)
-BACKENDS = ("triton", "cuda")
-
-# Odd channels, a depth multiplier, dilation, the largest kernel, unequal axes, and each activation.
-GENERAL = (
-    (Problem(2, 13, 17, 19, (3, 3), (1, 1), (1, 1)), "none"),
-    (Problem(2, 24, 20, 20, (3, 3), (2, 2), (1, 1), multiplier=2), "relu"),
-    (Problem(2, 64, 33, 33, (3, 3), (1, 1), (2, 2), (2, 2)), "relu6"),
-    (Problem(2, 96, 28, 28, (7, 7), (1, 1), (3, 3)), "none"),
-    (Problem(2, 96, 28, 28, (7, 7), (2, 2), (3, 3)), "none"),
-    (Problem(2, 33, 15, 12, (3, 5), (2, 1), (1, 2)), "hardswish"),
-)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call that a kernel is shipped for; `activation` is the one the kernel computes."""
-
-    problem: Problem
-    pass_: str
-    activation: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +94,7 @@ class Configuration:
         """One line: the function, its launch parameters and a call that ends here."""
         fields = {} if self.launch is None else vars(self.launch)
         parameters = [f"{name}={value}" for name, value in fields.items()]
-        example = "no call of the inventory" if self.call is None else describe(self.call)
+        example = "no call of the inventory" if self.call is None else self.call.describe()
         return f"{' '.join([self.function, *parameters])}; {example}"
 
 
@@ -171,104 +140,27 @@ class Row:
 NOT_COMPILED = "not compiled: "
 
 
-@functools.cache
-def network_calls() -> tuple[Call, ...]:
-    """The depthwise convolutions of `NETWORKS`: distinct shapes, every batch, dtype and pass."""
-    calls: dict[Call, None] = {}
-    for name in NETWORKS:
-        for problem, activation in _depthwise_layers(name):
-            for batch in BATCHES:
-                for dtype in DTYPES:
-                    case = replace(problem, batch=batch, dtype=dtype)
-                    calls.update(dict.fromkeys(_passes(case, activation)))
-    return tuple(calls)
+def example(call: Call, *, device: str | torch.device, seed: int = 0) -> Example:
+    """Random inputs of a call, on which its kernels can be run: of the operator's module."""
+    home = column(call.op).home
+    module = importlib.import_module(f"cvfast.ops.{home or call.op}")
+    make = getattr(module, f"{call.op}_example" if home else "example")
+    passes = {} if call.pass_ == "forward" else {"pass_": call.pass_}
+    found: Example = make(call.problem, call.activation, **passes, device=device, seed=seed)
+    return found
 
 
-def general_calls() -> tuple[Call, ...]:
-    """The calls of `GENERAL` in every dtype and pass."""
-    return tuple(
-        call
-        for problem, activation in GENERAL
-        for dtype in DTYPES
-        for call in _passes(replace(problem, dtype=dtype), activation)
-    )
-
-
-def sample_calls() -> tuple[Call, ...]:
-    """A few that reach most code, for a quick look: the widest layers at the largest batch of 3×3
-    with stride 1 and 2 and of 5×5 in float16 and of 3×3 in float32, and odd channels."""
-    wanted = {
-        (torch.float16, (3, 3), (1, 1)),
-        (torch.float16, (3, 3), (2, 2)),
-        (torch.float16, (5, 5), (1, 1)),
-        (torch.float32, (3, 3), (1, 1)),
-    }
-    chosen: dict[tuple[Any, ...], Call] = {}
-    for call in network_calls():
-        problem = call.problem
-        kind = (problem.dtype, problem.kernel, problem.stride)
-        key = (call.pass_, kind)
-        if (
-            kind in wanted
-            and problem.batch == max(BATCHES)
-            and (key not in chosen or problem.width > chosen[key].problem.width)
-        ):
-            chosen[key] = call
-    odd, activation = GENERAL[0]
-    return (*chosen.values(), *_passes(odd, activation))
-
-
-def _passes(problem: Problem, activation: str) -> Iterator[Call]:
-    for pass_ in PASSES:
-        # Only these two are undone within the backward kernels.
-        fused = pass_ == "forward" or activation in ("relu", "relu6")
-        yield Call(problem, pass_, activation if fused else "none")
-
-
-def _depthwise_layers(name: str) -> list[tuple[Problem, str]]:
-    """Geometry, at batch 1, and activation of a network's depthwise convolutions, in order."""
-    order: list[tuple[nn.Module, torch.Tensor]] = []
-
-    def remember(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        del output
-        order.append((module, inputs[0]))
-
-    # On the meta device a network has shapes and no memory.
-    with torch.device("meta"):
-        network = get_model(name).eval()
-        for module in network.modules():
-            if not list(module.children()):
-                module.register_forward_hook(remember)
-        network(torch.empty(1, *default_input_size(name)))
-    layers = []
-    for index, (module, x) in enumerate(order):
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            following = order[index + 2][0]
-            layers.append((_problem(module, x), _ACTIVATIONS.get(type(following), "none")))
-    return layers
-
-
-_ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish"}
-
-
-def _problem(conv: nn.Conv2d, x: torch.Tensor) -> Problem:
-    assert not isinstance(conv.padding, str)
-
-    def pair(values: tuple[int, ...]) -> tuple[int, int]:
-        return values[0], values[1]
-
-    batch, channels, height, width = x.shape
-    return Problem(
-        batch,
-        channels,
-        height,
-        width,
-        kernel=pair(conv.kernel_size),
-        stride=pair(conv.stride),
-        padding=pair(conv.padding),
-        dilation=pair(conv.dilation),
-        multiplier=conv.out_channels // conv.in_channels,
-    )
+@contextmanager
+def rounding(problem: Any) -> Iterator[None]:
+    """Inside, PyTorch's float32 products are rounded to TF32 where those of the problem are."""
+    allowed = getattr(problem, "tf32", False)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def configurations(
@@ -293,31 +185,31 @@ def configurations(
     calls = tuple(calls)
     found: dict[tuple[Any, ...], Configuration] = {}
     for op, backend, arch in itertools.product(ops, backends, archs):
+        if backend not in column(op).backends:
+            continue
         name = architecture(arch).name
-        launches = [(call, launch_of(op, backend, name, call)) for call in calls]
+        launches = [(call, launch_of(backend, name, call)) for call in calls if call.op == op]
         if tuned:
             launches += _tuned(op, backend, name)
         for call, launch in launches:
-            for configuration in configure(op, backend, name, call, launch):
+            for configuration in configure(backend, name, call, launch):
                 found.setdefault((op, backend, name, configuration.identity), configuration)
     return list(found.values())
 
 
-def configure(
-    op: str, backend: str, arch: str, call: Call, launch: Any
-) -> tuple[Configuration, ...]:
+def configure(backend: str, arch: str, call: Call, launch: Any) -> tuple[Configuration, ...]:
     """The kernels that one call launches with `launch`, the one that does the work first."""
-    return tuple(_DESCRIBE[backend](op, arch, call, launch))
+    return tuple(_DESCRIBE[backend](arch, call, launch))
 
 
-def launch_of(op: str, backend: str, arch: str, call: Call) -> Any:
+def launch_of(backend: str, arch: str, call: Call) -> Any:
     """The launch parameters that a call gets on the device that represents an architecture."""
     logger = logging.getLogger("cvfast.launch")
     before = logger.disabled
     # That no table was tuned for a device is no news here.
     logger.disabled = True
     try:
-        return table.choose(op, backend, call.problem, call.pass_, by_arch(arch))
+        return table.choose(call.op, backend, call.problem, call.pass_, by_arch(arch))
     finally:
         logger.disabled = before
 
@@ -330,34 +222,15 @@ def _tuned(op: str, backend: str, arch: str) -> list[tuple[Call, Any]]:
         device = next((known for known in DEVICES if known.name == entries.device), None)
         if device is not None and device.architecture.name == arch:
             found += [
-                (Call(entry.problem, entry.pass_, "relu6"), entry.launch)
+                (Call(op, entry.problem, entry.pass_, "relu6"), entry.launch)
                 for entry in entries.entries
             ]
     return found
 
 
-def describe(call: Call) -> str:
-    """One line: shape, kernel, stride, what is out of the ordinary, dtype and activation."""
-    problem = call.problem
-    parts = [
-        f"{problem.batch}x{problem.channels}x{problem.height}x{problem.width}",
-        f"k{_pair(problem.kernel)}",
-        f"s{_pair(problem.stride)}",
-    ]
-    if problem.dilation != (1, 1):
-        parts.append(f"d{_pair(problem.dilation)}")
-    if problem.multiplier != 1:
-        parts.append(f"m{problem.multiplier}")
-    return " ".join([*parts, str(problem.dtype).removeprefix("torch."), call.activation])
-
-
-def _pair(values: tuple[int, int]) -> str:
-    return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
-
-
-def _describe_cuda(op: str, arch: str, call: Call, launch: Any) -> Iterator[Configuration]:
+def _describe_cuda(arch: str, call: Call, launch: Any) -> Iterator[Configuration]:
+    op, problem, pass_ = call.op, call.problem, call.pass_
     parameters = table.parameters(op, "cuda")
-    problem, pass_ = call.problem, call.pass_
     main, *sums = map(_plain, parameters.kernels(problem, launch, pass_, call.activation))
     first = Configuration(
         op,
@@ -370,7 +243,7 @@ def _describe_cuda(op: str, arch: str, call: Call, launch: Any) -> Iterator[Conf
         threads=parameters.threads(launch),
         dynamic_shared=parameters.shared_bytes(problem, launch, pass_),
         blocks=math.prod(parameters.grid(problem, launch, pass_)),
-        expects=_WIDE_LOADS if "_tile" in main and _aligned(call) else (),
+        expects=_matrix(call, launch) or (_WIDE_LOADS if _tile(main) and _aligned(call) else ()),
         forbids=(),
         call=call,
     )
@@ -397,12 +270,12 @@ def _uncalled(key: str, found: Sequence[Configuration], result: Build) -> Iterat
     for function in sorted(result.binaries.keys() - called):
         yield replace(
             first,
-            pass_=next((name for name in PASSES if name in function), "forward"),
+            pass_=next((name for name in column(first.op).passes if name in function), "forward"),
             function=function,
             launch=None,
             threads=table.parameters(first.op, "cuda").MAX_THREADS,
             dynamic_shared=0,
-            expects=_WIDE_LOADS if "_tile" in function else (),
+            expects=_WIDE_LOADS if _tile(function) else (),
             call=None,
         )
 
@@ -422,32 +295,53 @@ def _cuda_hash(op: str) -> str | None:
     return validation.source_hash(op, "cuda")
 
 
-def _describe_triton(op: str, arch: str, call: Call, launch: Any) -> Iterator[Configuration]:
-    parameters = table.parameters(op, "triton")
-    kernels = importlib.import_module(f"cvfast.kernels.{op}")
-    source, options = kernels.source(call.problem, launch, call.pass_, call.activation)
-    grid = parameters.grid(call.problem, launch, call.pass_)
+def _describe_triton(arch: str, call: Call, launch: Any) -> Iterator[Configuration]:
+    source, options = _triton_source(call, launch)
+    grid = table.parameters(call.op, "triton").grid(call.problem, launch, call.pass_)
     yield Configuration(
-        op,
+        call.op,
         "triton",
         call.pass_,
         arch,
         function=source.fn.__name__,
         key=f"{source.hash()} {sorted(options.items())} {arch}",
         launch=launch,
-        threads=WARP * launch.num_warps,
+        threads=WARP * options["num_warps"],
         dynamic_shared=None,
         blocks=math.prod(grid),
-        expects=(),
-        forbids=_narrower(call, launch.vector),
+        expects=_matrix(call, launch),
+        forbids=_narrower(call, launch.vector) if call.op == "depthwise" else (),
         call=call,
     )
 
 
+def _triton_source(call: Call, launch: Any) -> Any:
+    kernels = importlib.import_module(f"cvfast.kernels.{call.op}")
+    return kernels.source(call.problem, launch, call.pass_, call.activation)
+
+
 _DESCRIBE = {"cuda": _describe_cuda, "triton": _describe_triton}
 
-
 _WIDE_LOADS = ("LDG.128", "LDGSTS.128")
+_MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA")
+_MATRIX_OPS = ("pointwise", "conv", "upconv", "inverted_residual", "inception")
+
+
+def uses_matrix_units(call: Call, launch: Any) -> bool:
+    """Whether the kernel is to use matrix units: for products of 16-bit numbers and of TF32, unless
+    the launch parameters say otherwise (`matrix`)."""
+    if call.op not in _MATRIX_OPS or not getattr(launch, "matrix", True):
+        return False
+    return call.problem.dtype is not torch.float32 or call.problem.tf32
+
+
+def _matrix(call: Call, launch: Any) -> tuple[str, ...]:
+    return _MATRIX_INSTRUCTIONS if uses_matrix_units(call, launch) else ()
+
+
+def _tile(function: str) -> bool:
+    """Whether a CUDA kernel copies tiles to shared memory."""
+    return "_tile" in function
 
 
 def _narrower(call: Call, vector: int) -> tuple[str, ...]:
@@ -615,14 +509,16 @@ def _plain(function: str) -> str:
     return function
 
 
+def compile_triton(call: Call, launch: Any, arch: str) -> Any:
+    """A call's Triton kernel, compiled for an architecture (`triton.compiler.CompiledKernel`)."""
+    compiler = importlib.import_module("cvfast.kernels.compiler")
+    major, minor = architecture(arch).capability
+    return compiler.compiled(*_triton_source(call, launch), 10 * major + minor)
+
+
 def _compile_triton(unit: Configuration) -> Build:
-    kernels = importlib.import_module(f"cvfast.kernels.{unit.op}")
-    call = unit.call
-    assert call is not None  # only binaries of CUDA hold more than what is called
-    major, minor = architecture(unit.arch).capability
-    kernel = kernels.compiled(
-        call.problem, unit.launch, call.pass_, 10 * major + minor, call.activation
-    )
+    assert unit.call is not None  # only binaries of CUDA hold more than what is called
+    kernel = compile_triton(unit.call, unit.launch, unit.arch)
     (binary,) = compiled.read(kernel.asm["cubin"])
     return Build({unit.function: binary}, dynamic_shared=kernel.metadata.shared)
 

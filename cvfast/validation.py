@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cvfast.launch.calls import COLUMNS
+
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout that cvfast is imported from; of an installed wheel, a folder without sources."""
 
@@ -33,9 +35,10 @@ class Kernel(NamedTuple):
 
 
 KERNELS = tuple(
-    Kernel("depthwise", backend, pass_)
-    for backend in ("triton", "cuda")
-    for pass_ in ("forward", "backward_input", "backward_weight")
+    Kernel(column.op, backend, pass_)
+    for column in COLUMNS
+    for backend in column.backends
+    for pass_ in column.passes
 )
 """Every GPU kernel of cvfast."""
 

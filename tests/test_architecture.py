@@ -20,12 +20,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("cvfast",),
     ("optimize", "testing"),
+    ("tuning",),
     ("inventory", "engine"),
     ("ops",),
     ("backends",),
     ("extension", "zoo"),
-    ("kernels",),
-    ("launch", "validation"),
+    ("kernels", "validation"),
+    ("launch",),
     ("models", "perf", "env", "tolerance", "version"),
 )
 RANKS = {unit: -floor for floor, units in enumerate(FLOORS) for unit in units}

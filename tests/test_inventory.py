@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +10,15 @@ import pytest
 import torch
 
 from cvfast import inventory, validation
-from cvfast.inventory import Build, Call, Configuration
-from cvfast.launch.depthwise import PASSES, Problem
+from cvfast.inventory import Build, Configuration
+from cvfast.launch import calls
+from cvfast.launch.calls import Call
+from cvfast.launch.depthwise import Problem
 from cvfast.perf import compiled
 from cvfast.perf.compiled import Binary
 from cvfast.perf.devices import ARCHITECTURES, architecture
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-CALL = Call(Problem(1, 64, 8, 8, (3, 3), (1, 1), (1, 1)), "forward", "relu6")
+CALL = Call("depthwise", Problem(1, 64, 8, 8, (3, 3), (1, 1), (1, 1)), "forward", "relu6")
 CODE = {"LDG.E.128": 2, "STG.E.128": 1}
 GOOD = Binary("toy", "sm_86", 32, 0, 1024, 512, CODE, {})
 
@@ -129,77 +128,21 @@ def test_a_kernel_that_spills_on_purpose_is_caught(tmp_path: Path) -> None:
     assert row.instructions["LDL.32"] > 0
 
 
-def shapes_of_the_papers() -> set[tuple[int, int, int, int, str]]:
-    """The layers of benchmarks/shapes.py, which come from the papers' tables."""
-    spec = importlib.util.spec_from_file_location("shapes", BENCHMARKS / "shapes.py")
-    assert spec is not None and spec.loader is not None
-    shapes = importlib.util.module_from_spec(spec)
-    sys.modules["shapes"] = shapes
-    spec.loader.exec_module(shapes)
-    return {
-        (layer.channels, layer.size, layer.kernel, layer.stride, layer.activation)
-        for layer in shapes.mobilenet_depthwise_layers()
-    }
-
-
-def test_the_networks_layers_are_those_of_the_papers() -> None:
-    expected = shapes_of_the_papers()
-    found = {
-        (p.channels, p.height, p.kernel[0], p.stride[0], activation)
-        for name in inventory.NETWORKS
-        if name.startswith("mobilenet")
-        for p, activation in inventory._depthwise_layers(name)
-    }
-    assert found == expected
-
-
-def test_every_layer_ships_at_every_batch_dtype_and_pass() -> None:
-    calls = inventory.network_calls()
-    assert len(calls) == len(set(calls))
-    layers = {replace(c.problem, batch=1, dtype=torch.float16) for c in calls}
-    for batch in inventory.BATCHES:
-        for dtype in inventory.DTYPES:
-            for pass_ in PASSES:
-                assert layers == {
-                    replace(c.problem, batch=1, dtype=torch.float16)
-                    for c in calls
-                    if (c.problem.batch, c.problem.dtype, c.pass_) == (batch, dtype, pass_)
-                }
-
-
-def test_backward_kernels_are_asked_only_for_activations_that_they_undo() -> None:
-    calls = (*inventory.network_calls(), *inventory.general_calls())
-    assert {call.activation for call in calls if call.pass_ == "forward"} == {
-        "none", "relu", "relu6", "hardswish",
-    }  # fmt: skip
-    assert {call.activation for call in calls if call.pass_ != "forward"} == {
-        "none", "relu", "relu6",
-    }  # fmt: skip
-
-
-def test_the_sample_is_a_small_part_of_every_kind() -> None:
-    every, sample = inventory.network_calls() + inventory.general_calls(), inventory.sample_calls()
-    assert set(sample) <= set(every)
-    assert len(set(sample)) == len(sample) < len(every) / 20
-    for pass_ in PASSES:
-        kinds = {(c.problem.kernel, c.problem.stride) for c in sample if c.pass_ == pass_}
-        assert {((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1))} <= kinds
-        assert any(c.problem.channels % 2 for c in sample if c.pass_ == pass_)
-
-
 def test_unknown_names_are_refused() -> None:
-    for wrong in ({"ops": ["pool"]}, {"backends": ["cpu"]}, {"archs": ["sm_75"]}):
+    for wrong in ({"ops": ["softmax"]}, {"backends": ["cpu"]}, {"archs": ["sm_75"]}):
         with pytest.raises(ValueError, match="unknown"):
             inventory.configurations([CALL], **wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", inventory.BACKENDS)
+@pytest.mark.parametrize("column", calls.COLUMNS, ids=lambda column: column.op)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_call_has_a_launch_that_can_be_launched(backend: str, arch: str) -> None:
+def test_every_call_has_a_launch_that_can_be_launched(column: calls.Column, arch: str) -> None:
     pytest.importorskip("triton")
-    calls = inventory.general_calls() + inventory.sample_calls()
-    found = inventory.configurations(calls, backends=[backend], archs=[arch])
-    assert {one.pass_ for one in found} == set(PASSES)
+    shipped = calls.general_calls([column.op]) + calls.sample_calls([column.op])
+    found = inventory.configurations(shipped, ops=[column.op], archs=[arch])
+    assert {(one.backend, one.pass_) for one in found} == {
+        (backend, pass_) for backend in column.backends for pass_ in column.passes
+    }
     limits = architecture(arch)
     for one in found:
         assert 32 <= one.threads <= 1024
@@ -207,15 +150,47 @@ def test_every_call_has_a_launch_that_can_be_launched(backend: str, arch: str) -
         assert (one.dynamic_shared or 0) <= limits.shared_per_block, one.config
 
 
-def test_the_kernels_of_the_sample_have_no_faults() -> None:
+@pytest.mark.parametrize("column", calls.COLUMNS, ids=lambda column: column.op)
+def test_the_kernels_of_the_sample_have_no_faults(column: calls.Column) -> None:
     pytest.importorskip("triton")
-    rows = inventory.inspect(inventory.configurations(inventory.sample_calls(), archs=["sm_90"]))
+    shipped = calls.sample_calls([column.op])
+    rows = inventory.inspect(inventory.configurations(shipped, ops=[column.op], archs=["sm_90"]))
     if missing := [row.status for row in rows if row.status.startswith(inventory.NOT_COMPILED)]:
         pytest.skip(missing[0])
     assert {(row.backend, row.pass_) for row in rows} == {
-        (backend, pass_) for backend in inventory.BACKENDS for pass_ in PASSES
+        (backend, pass_) for backend in column.backends for pass_ in column.passes
     }
     assert [f"{row.config}: {row.status}" for row in rows if row.failed] == []
+
+
+def test_products_of_narrow_numbers_are_to_use_matrix_units() -> None:
+    class Launch:
+        pass
+
+    class Plain:
+        matrix = False
+
+    def expected(op: str, launch: object, **changes: object) -> bool:
+        problem = SimpleNamespace(**{"dtype": torch.float16, "tf32": False, **changes})
+        return inventory.uses_matrix_units(Call(op, problem, "forward", "none"), launch)
+
+    assert expected("pointwise", Launch())
+    assert expected("conv", Launch(), dtype=torch.bfloat16)
+    assert expected("conv", Launch(), dtype=torch.float32, tf32=True)
+    assert not expected("conv", Launch(), dtype=torch.float32)
+    assert not expected("conv", Plain())
+    assert not expected("depthwise", Launch())
+
+
+def test_rounding_to_tf32_follows_the_problem_and_is_put_back() -> None:
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    for allowed in (True, False):
+        with inventory.rounding(SimpleNamespace(tf32=allowed)):
+            assert [flag.allow_tf32 for flag in flags] == [allowed, allowed]
+    with inventory.rounding(CALL.problem):
+        assert not any(flag.allow_tf32 for flag in flags)
+    assert [flag.allow_tf32 for flag in flags] == before
 
 
 def test_results_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

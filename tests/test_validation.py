@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +17,10 @@ import pytest
 import torch
 
 from cvfast import inventory, validation
-from cvfast.ops.depthwise import depthwise
+from cvfast.launch import calls as shipped
+from cvfast.launch.calls import Call
+from cvfast.launch.depthwise import PASSES, Problem
+from cvfast.ops._example import Example
 from cvfast.validation import KERNELS, RECORD, ROOT, Kernel, Proof
 
 FORWARD = Kernel("depthwise", "cuda", "forward")
@@ -237,14 +242,15 @@ def test_tests_are_counted_by_operator_and_backend(validate: ModuleType, tmp_pat
     report = tmp_path / "gpu.xml"
     report.write_text(JUNIT)
     assert validate.read_tests(report, "depthwise", "triton") == validate.Tests(1, ())
+    assert validate.read_tests(report, "pointwise", "triton") == validate.Tests(1, ())
     assert validate.read_tests(report, "depthwise", "cuda") == validate.Tests(
         1, ("tests.ops.test_depthwise.test_backward[cuda]",)
     )
 
 
 def test_faults_of_any_kind_keep_a_kernel_from_being_proven(validate: ModuleType) -> None:
-    calls = inventory.general_calls()[:3]
-    names = [inventory.describe(call) for call in calls]
+    calls = shipped.general_calls()[:3]
+    names = [call.describe() for call in calls]
     passed = validate.Tests(3, ())
     finding = validate.examine(passed, zip(calls[:2], [0.25, 0.75], strict=True))
     assert (finding.worst, finding.where, finding.cases) == (0.75, names[1], 2)
@@ -259,10 +265,11 @@ def test_faults_of_any_kind_keep_a_kernel_from_being_proven(validate: ModuleType
     assert finding.faults == ("test_x failed", "no test of it ran")
 
 
+CALL = Call("depthwise", Problem(2, 5, 7, 6, (3, 3), dtype=torch.float32), "forward", "none")
+
+
 def test_what_a_kernel_raises_is_a_fault_and_not_the_end(validate: ModuleType) -> None:
-    call = replace(inventory.general_calls()[0], activation="none")
-    assert validate.attempt((call, "reference", "cpu")) <= 1
-    assert "Unsupported: cvfast.ops.depthwise" in validate.attempt((call, "cuda", "cpu"))
+    assert "tpu" in validate.attempt((CALL, "tpu", "cpu"))
 
 
 def test_a_fault_of_one_kernel_is_none_of_the_next(
@@ -294,34 +301,40 @@ def test_a_fault_of_one_kernel_is_none_of_the_next(
     processes.end()
 
 
-def test_the_cases_cover_every_pass_and_dtype(validate: ModuleType) -> None:
-    calls = validate.cases()
-    assert {(c.pass_, c.problem.dtype) for c in calls} == {
-        (pass_, dtype) for pass_ in inventory.PASSES for dtype in inventory.DTYPES
+@pytest.mark.parametrize("op", shipped.OPS)
+def test_the_cases_cover_every_pass_and_dtype(validate: ModuleType, op: str) -> None:
+    cases = validate.cases(op)
+    assert {(c.pass_, c.problem.dtype) for c in cases} == {
+        (pass_, dtype) for pass_ in shipped.column(op).passes for dtype in shipped.DTYPES
     }
-    shapes = {c.problem.channels for c in calls}
-    assert {c.problem.channels for c in inventory.network_calls()} <= shapes
-    assert max(c.problem.batch for c in calls) == validate.BATCH
+    layers = shipped.network_calls([op], [validate.BATCH])
+    assert {c.problem for c in layers if c.problem.dtype is torch.float16} <= {
+        c.problem for c in cases
+    }
 
 
-# The reference against itself: an error of PyTorch's own size is allowed, a wrong kernel not.
-@pytest.mark.parametrize("pass_", inventory.PASSES)
+@pytest.mark.gpu_kernels
+@pytest.mark.parametrize("pass_", PASSES)
 def test_the_measure_of_the_error(
-    validate: ModuleType, monkeypatch: pytest.MonkeyPatch, pass_: str
-) -> None:
-    for call in inventory.general_calls():
-        # In 16 bits, oneDNN's gradients are no yardstick (cvfast/tolerance.py).
-        if call.pass_ == pass_ and call.problem.dtype is torch.float32:
-            assert 0 <= validate.measure(call, "reference", "cpu") <= 1
+    validate: ModuleType, monkeypatch: pytest.MonkeyPatch, pass_: str,
+    gpu_kernels: Callable[[str], AbstractContextManager[str]],
+) -> None:  # fmt: skip
+    call = replace(CALL, pass_=pass_)
+    with gpu_kernels("triton") as device:
+        assert 0 <= validate.measure(call, "triton", device) <= 1
+    right = inventory.example
 
-    def wrong(*args: torch.Tensor, backend: str, **options: object) -> torch.Tensor:
-        y = depthwise(*args, backend="reference", **options)  # type: ignore[arg-type]
-        return y * 1.01 if backend == "wrong" else y
+    def wrong(call: Call, *, device: str) -> Example:
+        example = right(call, device=device)
+        definition = example.definition
 
-    monkeypatch.setattr(validate, "depthwise", wrong)
-    calls = (c for c in inventory.general_calls() if c.problem.dtype is torch.float32)
-    call = next(c for c in calls if c.pass_ == pass_)
-    assert validate.measure(call, "wrong", "cpu") == float("inf")
+        def kernel(backend: str, launch: object) -> list[torch.Tensor]:
+            return [1.01 * result for result in definition(*example.inputs)]
+
+        return replace(example, kernel=kernel)
+
+    monkeypatch.setattr(inventory, "example", wrong)
+    assert validate.measure(call, "triton", "cpu") == float("inf")
 
 
 def test_the_table_says_where_a_kernel_is_proven(tree: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cvfast.cli import bench, demo, doctor, kernels, models
+from cvfast.cli import bench, demo, doctor, kernels, models, tune
 
 app = typer.Typer(
     help="Fused kernels for convolutional networks: inspect, verify, measure.",
@@ -20,5 +20,6 @@ app.command("list")(models.list_)
 app.command("inspect")(models.inspect)
 app.command("verify")(models.verify)
 app.command("kernels")(kernels.kernels)
+app.command("tune")(tune.tune)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)

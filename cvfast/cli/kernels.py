@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cvfast.inventory import Row
 
 _COLUMNS = (
+    "op",
     "backend",
     "pass",
     "arch",
@@ -44,9 +45,10 @@ def kernels(
     """Compile the GPU kernels that ship and look at them; needs no GPU.
 
     Exit code 1 if one spills registers, exceeds a limit of its architecture, or lacks the wide
-    memory accesses it is meant to have.
+    memory accesses or the matrix instructions it is meant to have.
     """
     from cvfast import extension, inventory, validation
+    from cvfast.launch import calls as shipped
     from cvfast.perf.devices import ARCHITECTURES
 
     backends = list(backend or inventory.BACKENDS)
@@ -54,12 +56,13 @@ def kernels(
         note(f"Triton's kernels are left out: {status}")
         backends.remove("triton")
 
-    every = (*inventory.network_calls(), *inventory.general_calls())
-    calls = every if full else inventory.sample_calls()
     try:
+        ops = op or list(shipped.OPS)
+        every = (*shipped.network_calls(ops), *shipped.general_calls(ops))
+        calls = every if full else shipped.sample_calls(ops)
         found = inventory.configurations(
             calls,
-            ops=op or inventory.OPS,
+            ops=ops,
             backends=backends,
             archs=arch or (tuple(ARCHITECTURES) if full else inventory.SAMPLE_ARCHS),
             tuned=full,
@@ -86,6 +89,7 @@ def _print(rows: list[Row]) -> None:
     table = Table(_COLUMNS, right=_NUMBERS)
     for row in rows:
         table.add(
+            row.op,
             row.backend,
             row.pass_,
             row.arch,

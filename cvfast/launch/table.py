@@ -1,6 +1,6 @@
 """Launch parameters by shape: from a tuned table where a device has one, else by heuristic.
 
-A table is a file that benchmarks/tune.py wrote from measurements, `<op>.<backend>.<device>.json` in
+A table is a file that `cvfast tune` wrote from measurements, `<op>.<backend>.<device>.json` in
 the folder tuned, the device's name with `_` for what is neither letter, digit nor dot. Its entries
 are problems and the launch parameters that were fastest for them.
 """
@@ -153,7 +153,7 @@ def load(op: str, backend: str, device: str) -> Table | None:
     if not path.is_file():
         _logger.warning(
             "no tuned launch parameters of %s (%s) for %s: using the heuristic; to measure them, "
-            "run `python benchmarks/tune.py --op %s` in a checkout of cvfast",
+            "run `cvfast tune --op %s`",
             op, backend, device, op,
         )  # fmt: skip
         return None

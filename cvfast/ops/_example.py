@@ -5,7 +5,7 @@ Each operator's module offers `example(problem, activation, *, device, seed=0)`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class Example:
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The definition's results on the same inputs, cast to `dtype`."""
-        return _as_tuple(
-            self.definition(*(None if t is None else t.to(dtype) for t in self.inputs))
-        )
+        return self.evaluate(None if t is None else t.to(dtype) for t in self.inputs)
+
+    def evaluate(self, inputs: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+        """The definition's results on other inputs."""
+        return _as_tuple(self.definition(*inputs))
 
 
 def _as_tuple(results: Results) -> tuple[Tensor, ...]:

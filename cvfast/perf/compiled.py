@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvfast.perf.devices import Architecture, architecture
+from cvfast.perf.devices import WARP, Architecture, architecture
 
 _INSTRUCTION_BYTES = 16
 
@@ -54,8 +54,9 @@ class Binary:
         shared_bytes: static shared memory of a block, without what the system reserves.
         code_bytes: of the instructions.
         instructions: how often each occurs, by opcode with its modifiers, such as "LDG.E.128".
-        core: the same from the first to the last multiply-add (FFMA): the code that does the work,
-            without what prepares it and what stands beside it for special cases.
+        core: the same from the first to the last multiply-add (FFMA) or matrix instruction: the
+            code that does the work, without what prepares it and what stands beside it for special
+            cases.
     """
 
     function: str
@@ -90,7 +91,7 @@ def census(instructions: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(groups.items()))
 
 
-_MEMORY = {"LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL", "LD", "ST", "LDSM", "STSM"}
+_MEMORY = {"LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL", "LD", "ST"}
 _MATRIX = {"HMMA", "IMMA", "QMMA", "DMMA", "BMMA", "OMMA"}
 _MULTIPLY_ADDS = {"FFMA", "FFMA2"}
 _OTHER = {*_MULTIPLY_ADDS, "BAR", "SHFL", "RED", "ATOMG", "UBLKCP", "UTMALDG", "UTMASTG"}
@@ -99,12 +100,43 @@ _WIDTH = re.compile(r"U?S?(8|16|32|64|128|256)")
 
 def _group(opcode: str) -> str | None:
     base, *modifiers = opcode.split(".")
+    if base in ("LDSM", "STSM"):
+        # Of matrices of 8 x 8 16-bit numbers: 4 bytes a thread each.
+        return f"{base}.{32 * int(modifiers[-1]) if modifiers[-1] in ('2', '4') else 32}"
     if base in _MEMORY:
         widths = [int(match[1]) for part in modifiers if (match := _WIDTH.fullmatch(part))]
         return f"{base}.{max(widths, default=32)}"
-    if base in _MATRIX or base.endswith("GMMA") or re.fullmatch(r"UTC\w*MMA", base):
+    if _is_matrix(base):
         return base
     return base if base in _OTHER else None
+
+
+def _is_matrix(base: str) -> bool:
+    return base in _MATRIX or base.endswith("GMMA") or bool(re.fullmatch(r"UTC\w*MMA", base))
+
+
+_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4, "884": 8 * 8 * 4}
+_GROUP_SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
+
+
+def multiply_adds(instructions: Mapping[str, int]) -> tuple[float, float]:
+    """Multiply-adds of a thread that runs through the instructions once: of the float32 units, and
+    its share of those of the matrix units.
+
+    Matrix instructions whose opcode does not tell the size (those of sm_100) count as none.
+    """
+    counts = census(instructions)
+    plain = counts.get("FFMA", 0) + 2 * counts.get("FFMA2", 0)
+    matrix = 0.0
+    for opcode, count in instructions.items():
+        base, _, rest = opcode.partition(".")
+        if base == "HMMA":
+            shape = rest.partition(".")[0]
+            matrix += count * _SHAPES.get(shape, 0) / WARP
+        elif base == "HGMMA" and (match := _GROUP_SHAPE.search(rest)):
+            rows, columns, depth = map(int, match.groups())
+            matrix += count * rows * columns * depth / (4 * WARP)
+    return plain, matrix
 
 
 def tool(name: str) -> str:
@@ -244,7 +276,8 @@ def parse(text: str) -> list[Binary]:
 
 
 def _core(opcodes: Sequence[str]) -> Sequence[str]:
-    adds = [i for i, opcode in enumerate(opcodes) if opcode.partition(".")[0] in _MULTIPLY_ADDS]
+    bases = [opcode.partition(".")[0] for opcode in opcodes]
+    adds = [i for i, base in enumerate(bases) if base in _MULTIPLY_ADDS or _is_matrix(base)]
     return opcodes[adds[0] : adds[-1] + 1] if adds else opcodes
 
 

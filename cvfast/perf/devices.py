@@ -93,6 +93,8 @@ class Device:
         clock_hz: boost clock.
         dram_bandwidth: of device memory by the data sheet, in bytes per second.
         l2_bytes, memory_bytes: sizes.
+        half_matrix_flops: FLOP/s of the matrix units by the data sheet: dense products of float16
+            or bfloat16, summed in float32.
     """
 
     name: str
@@ -102,6 +104,12 @@ class Device:
     dram_bandwidth: float
     l2_bytes: int
     memory_bytes: int
+    half_matrix_flops: float
+
+    def matrix_flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s of the matrix units on operands of ``dtype``; float32 is rounded to TF32, which
+        runs at half the rate on every architecture here."""
+        return self.half_matrix_flops / (1 if dtype.itemsize == 2 else 2)
 
     @property
     def fp32_flops(self) -> float:
@@ -111,33 +119,35 @@ class Device:
 
 _MIB = 1 << 20
 
-# SMs, boost clock, bandwidth and L2 from NVIDIA's data sheets (A100 80GB SXM, H200 SXM, HGX B200)
-# and architecture white papers (GA102 2.1, Ada 2.1, RTX Blackwell 1.1); the H200's L2 as the driver
-# reports it; memory as nvidia-smi reports it.
+# SMs, boost clock, bandwidth, L2 and matrix rate from NVIDIA's data sheets (A100 80GB SXM, H200
+# SXM, HGX B200) and architecture white papers (GA102 2.1, Ada 2.1, RTX Blackwell 1.1); the H200's
+# L2 as the driver reports it; memory as nvidia-smi reports it.
 DEVICES = (
     Device(
         "NVIDIA A100-SXM4-80GB",
-        ARCHITECTURES["sm_80"], 108, 1.410e9, 2.039e12, 40 * _MIB, 81920 * _MIB,
+        ARCHITECTURES["sm_80"], 108, 1.410e9, 2.039e12, 40 * _MIB, 81920 * _MIB, 312e12,
     ),
     Device(
         "NVIDIA GeForce RTX 3090",
-        ARCHITECTURES["sm_86"], 82, 1.695e9, 936.2e9, 6 * _MIB, 24576 * _MIB,
+        ARCHITECTURES["sm_86"], 82, 1.695e9, 936.2e9, 6 * _MIB, 24576 * _MIB, 71.2e12,
     ),
     Device(
         "NVIDIA GeForce RTX 4090",
         ARCHITECTURES["sm_89"], 128, 2.520e9, 1.008e12, 72 * _MIB, 24564 * _MIB,
+        165.2e12,
     ),
     Device(
         "NVIDIA H200",
-        ARCHITECTURES["sm_90"], 132, 1.980e9, 4.8e12, 60 * _MIB, 143771 * _MIB,
+        ARCHITECTURES["sm_90"], 132, 1.980e9, 4.8e12, 60 * _MIB, 143771 * _MIB, 989.5e12,
     ),
     Device(
         "NVIDIA B200",
-        ARCHITECTURES["sm_100"], 148, 1.965e9, 8.0e12, 126 * _MIB, 183359 * _MIB,
+        ARCHITECTURES["sm_100"], 148, 1.965e9, 8.0e12, 126 * _MIB, 183359 * _MIB, 2250e12,
     ),
     Device(
         "NVIDIA GeForce RTX 5090",
         ARCHITECTURES["sm_120"], 170, 2.407e9, 1.792e12, 96 * _MIB, 32607 * _MIB,
+        209.5e12,
     ),
 )  # fmt: skip
 """One device or more of each architecture; the first of each represents it."""
@@ -218,6 +228,7 @@ def from_properties(properties: Any) -> Device:
     known = next((device for device in DEVICES if device.name == properties.name), None)
     representative = _representative(properties.major, properties.minor)
     sms = properties.multi_processor_count
+    share = sms / (known or representative).sms
     if known is not None:
         clock, bandwidth = known.clock_hz, known.dram_bandwidth
     else:
@@ -225,7 +236,6 @@ def from_properties(properties: Any) -> Device:
         clock = getattr(properties, "clock_rate", 0) * 1e3 or representative.clock_hz
         memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3
         bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
-        share = sms / representative.sms
         bandwidth = 2 * memory_clock * bus_bytes or share * representative.dram_bandwidth
     return Device(
         name=properties.name,
@@ -235,6 +245,7 @@ def from_properties(properties: Any) -> Device:
         dram_bandwidth=bandwidth,
         l2_bytes=properties.L2_cache_size,
         memory_bytes=properties.total_memory,
+        half_matrix_flops=share * (known or representative).half_matrix_flops,
     )
 
 

@@ -2,7 +2,7 @@
 
 The model is simple enough to be refuted by the first measurement. A launch of B blocks, of which
 the device holds R at a time, runs as floor(B / R) full waves and one partial wave. Each takes the
-longest of four times, every one of which must pass whatever else the hardware overlaps:
+longest of five times, every one of which must pass whatever else the hardware overlaps:
 
 - **bandwidth**: its share of the bytes that the launch moves from and to device memory, each input
   read once and each output written once, over `COPY_SHARE` of the data sheet's bandwidth;
@@ -10,23 +10,27 @@ longest of four times, every one of which must pass whatever else the hardware o
   as it can have in flight (`bytes_in_flight`), and at least one; nothing waits for writes;
 - **issue**: its warp instructions over the four that a multiprocessor issues a cycle;
 - **load/store**: the bytes its instructions move between registers and L1 or shared memory, over
-  the 128 bytes a cycle of a multiprocessor.
+  the 128 bytes a cycle of a multiprocessor;
+- **matrix**: the multiply-adds of its matrix instructions over the data sheet's rate; on sm_90 over
+  `MMA_SHARE` of that where these are the instructions of one warp (HMMA) and not of four (HGMMA).
 
 A partial wave has only the multiprocessors and threads that its blocks fill. To all of this comes
 `LAUNCH` once. What a thread executes follows from the compiled code: as many runs through its
-core, the instructions from the first to the last multiply-add, as the multiply-adds of the launch
-ask for, and at least one; every byte of device memory passes L1 once more. That leaves out what
-stands before and behind the core, such as addresses, asynchronous copies and the last stores, and
-counts too much where the core holds code for image borders. Not modelled: traffic between L2 and
-L1, bank conflicts, clocks below boost, and inputs that are still in L2 (the prediction is for a
-cold cache).
+core, the instructions from the first to the last multiply-add or matrix instruction, as the
+multiply-adds of the launch ask for, and at least one; every byte of device memory passes L1 once
+more. That leaves out what stands before and behind the core, such as addresses, asynchronous copies
+and the last stores, and counts too much where the core holds code for image borders. Not modelled:
+traffic between L2 and L1, bank conflicts, clocks below boost, waiting of one instruction for
+another, and inputs that are still in L2 (the prediction is for a cold cache).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cvfast.perf.compiled import Binary, census
+import torch
+
+from cvfast.perf.compiled import Binary, census, multiply_adds
 from cvfast.perf.devices import WARP, Device, Occupancy, occupancy
 
 COPY_SHARE = 0.9
@@ -40,6 +44,9 @@ that."""
 
 LAUNCH = 2e-6
 """Seconds of an empty kernel within a CUDA graph: assumed."""
+
+MMA_SHARE = 0.62
+"""Share of sm_90's matrix rate that instructions of one warp reach (Luo et al., 2024)."""
 
 _SCHEDULERS = 4
 
@@ -72,8 +79,8 @@ class Prediction:
         copy: what copying as many bytes should take by the same model.
         waves: blocks over those that the device holds at a time.
         occupancy: of a multiprocessor with as many blocks as it holds.
-        limiter: the longest of the times: "bandwidth", "latency", "issue", "load/store" or
-            "launch".
+        limiter: the longest of the times: "bandwidth", "latency", "issue", "load/store", "matrix"
+            or "launch".
     """
 
     seconds: float
@@ -119,9 +126,11 @@ def predict(
     warps = -(-threads // WARP)
     block_instructions = runs * warps * sum(binary.core.values())
     block_bytes = work.bytes / blocks
+    matrix_adds = runs * threads * multiply_adds(binary.core)[1]
     block_l1_bytes = runs * threads * _l1_bytes(binary) + block_bytes
 
-    terms = {"bandwidth": 0.0, "latency": 0.0, "issue": 0.0, "load/store": 0.0}
+    names = ("bandwidth", "latency", "issue", "load/store", "matrix")
+    terms = dict.fromkeys(names, 0.0)
     seconds = 0.0
     full, rest = divmod(blocks, resident)
     for wave, count in ((resident, full), (rest, 1)):
@@ -135,6 +144,7 @@ def predict(
         part = {
             "bandwidth": wave * block_bytes / bandwidth,
             "latency": LATENCY * max(1.0, work.read / blocks / in_flight),
+            "matrix": 2 * per_sm * matrix_adds * device.sms / _matrix_flops(binary, device),
             **{name: value / device.clock_hz for name, value in cycles.items()},
         }
         seconds += count * max(part.values())
@@ -167,11 +177,19 @@ def bytes_in_flight(binary: Binary, threads: int, dynamic_shared: int) -> int:
     return threads * min(max(to_registers, 4), binary.registers * 4 // 2)
 
 
-def _runs(binary: Binary, multiply_adds: float) -> float:
+def _runs(binary: Binary, wanted: float) -> float:
     """How often a thread runs through the core to do so many multiply-adds; at least once."""
-    counts = census(binary.core)
-    once = counts.get("FFMA", 0) + 2 * counts.get("FFMA2", 0)
-    return max(1.0, multiply_adds / once) if once else 1.0
+    once = sum(multiply_adds(binary.core))
+    return max(1.0, wanted / once) if once else 1.0
+
+
+def _matrix_flops(binary: Binary, device: Device) -> float:
+    """FLOP/s that the binary's kind of matrix instructions reaches."""
+    matrix = [opcode for opcode in binary.core if "MMA" in opcode]
+    rounds = any("TF32" in opcode for opcode in matrix)
+    rate = device.matrix_flops(torch.float32 if rounds else torch.float16)
+    of_four_warps = any(opcode.startswith("HGMMA") for opcode in matrix)
+    return rate * MMA_SHARE if binary.arch == "sm_90" and not of_four_warps else rate
 
 
 def _l1_bytes(binary: Binary) -> int:
@@ -179,6 +197,6 @@ def _l1_bytes(binary: Binary) -> int:
     moved = 0
     for name, count in census(binary.core).items():
         base, _, bits = name.partition(".")
-        if base in ("LDG", "STG", "LDGSTS", "LDS", "STS"):
+        if base in ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM"):
             moved += count * int(bits) // 8
     return moved

@@ -109,7 +109,7 @@ def test_a_device_without_a_table_gets_the_heuristic_and_one_line(
         assert choose() == heuristic()
         choose(replace(PROBLEM, batch=3))
     (record,) = caplog.records
-    assert "python benchmarks/tune.py --op depthwise" in record.getMessage()
+    assert "cvfast tune --op depthwise" in record.getMessage()
     assert "NVIDIA H200" in record.getMessage()
 
 

@@ -10,11 +10,16 @@ import itertools
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cvfast import extension
+from cvfast.launch import calls
+from cvfast.launch.depthwise import Problem
+from cvfast.ops._example import Example
 from cvfast.optimize import Report
 from cvfast.perf import timing
 
@@ -410,6 +415,100 @@ class TestNetworks:
         assert "not measured" in on_cpu.describe(rows[0])
 
 
+class TestOps:
+    PROBLEM = Problem(2, 6, 9, 9, (3, 3), (2, 2), (1, 1), dtype=torch.float32)
+    CALL = calls.Call("depthwise", PROBLEM, "forward", "relu6")
+
+    @pytest.fixture
+    def ops(self, monkeypatch):
+        """On the CPU, with the definition in place of the kernels, the CUDA extension missing."""
+        module = script("bench_gpu_ops")
+        right = module.inventory.example
+
+        def example(call, *, device):
+            one = right(call, device=device)
+            return replace(one, kernel=lambda backend, launch: one.definition(*one.inputs))
+
+        def interleave(variants, *, cold_l2, log, **kwargs):
+            return timing.interleave(variants, min_rounds=1, min_time=0.0, burst=1, settle=0)
+
+        missing = extension.Status("cuda", False, "not built", "pip install .")
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+        monkeypatch.setattr(module.inventory, "example", example)
+        monkeypatch.setattr(
+            module.extension, "load", lambda name: missing if name == "cuda" else True
+        )
+        monkeypatch.setattr(module.gpu_timing, "interleave_cuda", interleave)
+        return module
+
+    def test_row(self, ops):
+        row = ops.measure(self.CALL, bandwidth=1e10, inductor=False, min_time=0.0)
+        json.dumps(row)
+        assert row["verified"], row["checks"]
+        assert row["best"] == "cvfast_triton"
+        assert set(row["seconds"]) == {"cvfast_triton", "eager", "copy"}
+        assert set(row["speedup"]) == {"eager", "copy"}
+        assert "not built" in row["unavailable"]["cvfast_cuda"]
+        seconds = row["seconds"]["cvfast_triton"]["median"]
+        assert row["bytes"] == self.PROBLEM.bytes()
+        assert row["share_of_copy_bandwidth"] == pytest.approx(row["bytes"] / seconds / 1e10)
+        assert row["tflops"] == pytest.approx(1e-12 * self.PROBLEM.flops() / seconds)
+        assert "cvfast_triton" in ops.describe(row)
+
+    def test_a_wrong_kernel_fails_its_check(self, ops, monkeypatch):
+        right = ops.inventory.example
+
+        def wrong(call, *, device):
+            one = right(call, device=device)
+            definition = one.definition
+            return replace(
+                one, kernel=lambda b, launch: [1.01 * y for y in definition(*one.inputs)]
+            )
+
+        monkeypatch.setattr(ops.inventory, "example", wrong)
+        row = ops.measure(self.CALL, bandwidth=1e10, inductor=False, min_time=0.0)
+        assert not row["verified"]
+        assert "FAILED" in ops.describe(row)
+
+    def test_a_peer_that_does_not_run_is_reported(self, ops, monkeypatch):
+        def fail(*args, **kwargs):
+            raise RuntimeError("no compiler")
+
+        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fail)
+        row = ops.measure(self.CALL, bandwidth=1e10, inductor=True, min_time=0.0)
+        assert row["unavailable"]["inductor"] == "RuntimeError: no compiler"
+        assert row["verified"]
+
+    def test_operators_come_in_turn_and_the_largest_calls_first(self, ops):
+        found = ops.wanted(list(calls.OPS), [256], ["float16"])
+        assert {call.op for call in found[: len(calls.OPS)]} == set(calls.OPS)
+        for op in calls.OPS:
+            sizes = [call.problem.bytes() for call in found if call.op == op]
+            assert sizes == sorted(sizes, reverse=True)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_says_so(self, ops, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["bench_gpu_ops.py"])
+        assert ops.main() == 2
+        assert "on a GPU" in capsys.readouterr().out
+
+    def test_a_second_run_adds_what_is_missing(self, ops, monkeypatch, tmp_path, capsys):
+        path = tmp_path / "ops.json"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(ops.gpu_timing, "copy_bandwidth", lambda: 1e10)
+        monkeypatch.setattr(ops.devices, "current", lambda: ops.devices.find("H200"))
+        other = replace(self.CALL, activation="none")
+        for found in ([self.CALL], [self.CALL, other]):
+            monkeypatch.setattr(ops, "wanted", lambda *args, found=found: found)
+            monkeypatch.setattr(
+                sys, "argv", ["bench_gpu_ops.py", "--json", str(path), "--no-inductor"]
+            )
+            assert ops.main() == 0
+            assert capsys.readouterr().out.count("cvfast_triton") == 1
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["call"] for row in rows] == [self.CALL.describe(), other.describe()]
+
+
 class TestSanitize:
     @pytest.fixture
     def sanitize(self):
@@ -431,6 +530,23 @@ class TestSanitize:
         wrong = sanitize.exercise(("cpu",), "cpu")
         assert len(wrong) >= 4 * len(sanitize.CASES) - 4  # a ReLU may leave nothing of a tiny case
         assert wrong[0].startswith("cpu: y of Case(channels=64")
+
+    def test_the_kernels_of_every_operator_run_and_wrong_results_are_named(
+        self, sanitize, monkeypatch
+    ):
+        problem = Problem(1, 6, 5, 4, (3, 3), padding=(1, 1), dtype=torch.float32)
+        chosen = [
+            calls.Call("depthwise", replace(problem, dtype=dtype), "forward", "relu")
+            for dtype in calls.DTYPES
+        ]
+        monkeypatch.setattr(calls, "general_calls", lambda: chosen)
+        monkeypatch.setattr(extension, "load", lambda name: name == "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert sanitize.exercise_all("cpu") == []
+        monkeypatch.setattr(Example, "run", lambda self, backend: [torch.zeros(1, 6, 5, 4)])
+        assert sanitize.exercise_all("cpu") == [
+            f"triton: depthwise forward {call.describe()}" for call in (chosen[0], chosen[2])
+        ]
 
     def test_slices_are_aligned_to_nothing(self, sanitize):
         case = next(case for case in sanitize.CASES if case.sliced)
@@ -493,12 +609,12 @@ def ncu_output(kernels):
     return head + text.getvalue().replace("\r", "")
 
 
-_RANGE = "cvfast/mobilenet_v2/00-32x112-k3s1-relu6/depthwise"
+_RANGE = "cvfast/depthwise/64x96x112x112_k3_s2_float16_relu6/"
 NCU = ncu_output(
     [
-        (f"{_RANGE}.forward.cuda", "cvfast::tile<__half>", "51,380,224", "51380224", "91.25"),
-        (f"{_RANGE}.backward.cuda", "void at::native::fill", "1", "1", "1"),
-        (f"{_RANGE}.backward.triton", "_patch_kernel", "102760448", "n/a", "80"),
+        (f"{_RANGE}forward.cuda", "cvfast::tile<__half>", "51,380,224", "51380224", "91.25"),
+        (f"{_RANGE}backward_input.cuda", "void at::native::fill", "1", "1", "1"),
+        (f"{_RANGE}backward_input.triton", "_patch_kernel", "102760448", "n/a", "80"),
         ("", "some other kernel", "1", "1", "1"),
     ]
 )
@@ -512,7 +628,8 @@ class TestProfile:
     def test_rows_of_the_csv(self, profile):
         first, second = profile.parse(NCU.splitlines())
         assert first == {
-            "layer": "mobilenet_v2.00-32x112-k3s1-relu6",
+            "op": "depthwise",
+            "layer": "64x96x112x112_k3_s2_float16_relu6",
             "pass": "forward",
             "backend": "cuda",
             "kernel": "cvfast::tile<__half>",
@@ -520,53 +637,66 @@ class TestProfile:
             "dram_bytes_written": 51380224.0,
             "dram_percent": 91.25,
         }
-        assert (second["pass"], second["backend"]) == ("backward", "triton")
+        assert (second["pass"], second["backend"]) == ("backward_input", "triton")
         assert second["dram_bytes_written"] is None
         profiled, backward = profile.with_least_bytes([first, second])
-        images = 2 * profile.BATCH * 32 * 112 * 112 * 2
-        assert profiled["least_bytes"] == images + 4 * 32 * 10
-        assert "1.00 of the least  dram 91 %" in profile.describe(profiled)
+        images = profile.BATCH * 96 * (112 * 112 + 56 * 56) * 2
+        assert profiled["least_bytes"] == images + 4 * 96 * 10
+        assert "0.53 of the least  dram 91 %" in profile.describe(profiled)
         assert "least_bytes" not in backward
         assert "80 %" in profile.describe(backward)
 
-    def test_layers_and_their_ranges(self, profile):
-        names = [layer.name for layer in profile.layers()]
-        assert len(names) == 6
-        assert names[0] == "mobilenet_v2.00-32x112-k3s1-relu6"
-        label = profile.range_name(profile.layers()[0], "forward", "cuda")
-        assert label == "cvfast/mobilenet_v2/00-32x112-k3s1-relu6/depthwise.forward.cuda"
-        assert label in NCU
+    def test_every_operator_and_pass_is_profiled_at_one_batch(self, profile):
+        chosen = profile.profiled()
+        assert {(call.op, call.pass_) for call in chosen} == {
+            (column.op, pass_) for column in calls.COLUMNS for pass_ in column.passes
+        }
+        assert {call.problem.dtype for call in chosen} == {profile.DTYPE}
+        labels = {profile.range_name(call, "cuda") for call in chosen}
+        assert len(labels) == len(chosen)
+        assert all(label.count("/") == 3 and not {":", '"', " "} & set(label) for label in labels)
+        assert f"{_RANGE}forward.cuda" in labels
 
-    def test_kernels_of_a_backward_pass_run_in_the_thread_of_its_range(self, profile, monkeypatch):
-        """A range covers one thread; autograd would launch a GPU's kernels from another."""
-        multithreaded, ranges = [], []
-        grad = torch.autograd.grad
+    def test_each_kernel_runs_before_it_is_profiled(self, profile, monkeypatch):
+        events = []
+        problem = Problem(1, 8, 5, 5, (3, 3), dtype=torch.float32)
+        call = calls.Call("depthwise", problem, "forward", "none")
 
-        def spy(*args, **kwargs):
-            multithreaded.append(torch._C._is_multithreading_enabled())
-            return grad(*args, **kwargs)
+        def example(call, *, device):
+            assert device == "cpu"
+            run = lambda backend, launch: events.append(backend) or torch.zeros(1)  # noqa: E731
+            return Example((), torch.zeros, run)
 
-        monkeypatch.setattr(torch.autograd, "grad", spy)
-        monkeypatch.setattr(profile, "BACKENDS", ("cpu",))
-        monkeypatch.setattr(profile, "BATCH", 1)
-        monkeypatch.setattr(profile, "DTYPE", torch.float32)
-        monkeypatch.setattr(profile, "layers", lambda layers=profile.layers()[-1:]: layers)
+        monkeypatch.setattr(profile, "profiled", lambda: [call])
+        monkeypatch.setattr(profile.inventory, "example", example)
+        monkeypatch.setattr(profile.extension, "load", lambda name: name != "cuda")
         monkeypatch.setattr(profile.nvtx, "enable", lambda: True)
         monkeypatch.setattr(
-            profile.nvtx, "range", lambda name: ranges.append(name) or nullcontext()
+            profile.nvtx, "range", lambda name: events.append(name) or nullcontext()
         )
         for name in ("start", "stop"):
-            monkeypatch.setattr(torch.cuda.profiler, name, lambda: None)
+            monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: events.append(name))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         profile.run("cpu")
-        assert multithreaded == [False, False]
-        assert [name.rpartition("/")[2] for name in ranges] == 2 * [
-            "depthwise.forward.cpu", "depthwise.backward.cpu",
-        ]  # fmt: skip
+        label = profile.range_name(call, "triton")
+        assert events == ["triton", "start", label, "triton", "stop"]
 
-    def main(self, profile, tmp_path, monkeypatch, output, status=0):
+    def test_a_metric_that_an_architecture_lacks_is_done_without(
+        self, profile, tmp_path, monkeypatch
+    ):
+        script = f"""#!/bin/sh
+case "$*" in *pipe_tensor*) echo '==ERROR== Failed to find metric sm__pipe_tensor'; exit 1;; esac
+cat <<'END'
+{NCU}
+END
+"""
+        status, path = self.main(profile, tmp_path, monkeypatch, NCU, script=script)
+        assert status == 0
+        assert len(json.loads(path.read_text())["rows"]) == 2
+
+    def main(self, profile, tmp_path, monkeypatch, output, status=0, script=None):
         ncu = tmp_path / "ncu"
-        ncu.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\nexit {status}\n")
+        ncu.write_text(script or f"#!/bin/sh\ncat <<'END'\n{output}\nEND\nexit {status}\n")
         ncu.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         path, log = tmp_path / "gpu" / "profile.json", tmp_path / "ncu.log"

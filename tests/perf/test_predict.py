@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cvfast import inventory
+from cvfast.launch import calls as shipped
 from cvfast.perf import predict as model
 from cvfast.perf.compiled import Binary
 from cvfast.perf.devices import DEVICES, find
@@ -84,6 +85,29 @@ def test_shared_memory_traffic_is_the_limit_where_it_dominates() -> None:
     assert found.seconds - LAUNCH == pytest.approx(cycles / H200.clock_hz)
 
 
+# A warp's 16x8x16 product is 64 multiply-adds a thread, four warps' 64x128x16 are 1024.
+@pytest.mark.parametrize(
+    ("arch", "opcode", "adds", "share"),
+    [
+        ("sm_90", "HGMMA.64x128x16.F32", 1024, 1.0),
+        ("sm_90", "HMMA.16816.F32", 64, model.MMA_SHARE),
+        ("sm_90", "HMMA.1688.F32.TF32", 32, model.MMA_SHARE / 2),
+        ("sm_89", "HMMA.16816.F32", 64, 1.0),
+    ],
+)
+def test_matrix_units_are_the_limit_of_large_products(
+    arch: str, opcode: str, adds: int, share: float
+) -> None:
+    device = find("H200" if arch == "sm_90" else "RTX 4090")
+    blocks = device.sms * 100
+    binary = kernel({"LDG.E.128": 1, opcode: 16}, arch=arch)
+    work = stream(blocks, multiply_adds=blocks * THREADS * 16 * adds * 50)
+    found = predict(device, binary, work, blocks=blocks, threads=THREADS, dynamic_shared=0)
+    assert found.limiter == "matrix"
+    peak = device.half_matrix_flops * share
+    assert found.seconds - LAUNCH == pytest.approx(2 * work.multiply_adds / peak, rel=1e-6)
+
+
 def test_what_is_in_flight_is_bounded_by_registers_or_shared_memory() -> None:
     binary = kernel({"LDGSTS.E.128": 1, "FFMA": 32})
     assert model.bytes_in_flight(binary, THREADS, 32768) == 32768
@@ -138,15 +162,13 @@ def predictions() -> ModuleType:
     return module
 
 
-def test_every_layer_is_predicted_at_every_batch(predictions: ModuleType) -> None:
-    calls = predictions.layers()
-    shapes = {replace(c.problem, batch=1) for c in calls}
-    assert len(calls) == len(predictions.BATCHES) * len(shapes)
-    assert shapes == {
-        replace(c.problem, batch=1)
-        for c in inventory.network_calls()
-        if c.problem.dtype is torch.float16
+@pytest.mark.parametrize("op", shipped.OPS)
+def test_every_layer_is_predicted_at_every_batch(predictions: ModuleType, op: str) -> None:
+    calls = predictions.layers(op)
+    assert {c.problem for c in calls} == {
+        c.problem for c in shipped.network_calls([op]) if c.problem.dtype is torch.float16
     }
+    assert len(calls) == len({c.problem for c in calls})
 
 
 def test_a_row_follows_from_the_compiled_kernel(
@@ -160,9 +182,9 @@ def test_a_row_follows_from_the_compiled_kernel(
         return {one.key: inventory.Build(Everything()) for one in found}
 
     monkeypatch.setattr(inventory, "build", build)
-    calls = [c for c in predictions.layers([256]) if c.problem.width == 112]
+    calls = [c for c in predictions.layers("depthwise", [256]) if c.problem.width == 112]
     rows = predictions.predicted(H200, "cuda", calls)
-    assert [row["layer"] for row in rows] == [inventory.describe(call) for call in calls]
+    assert [row["layer"] for row in rows] == [call.describe() for call in calls]
     for call, row in zip(calls, rows, strict=True):
         p = call.problem
         inputs = p.batch * p.channels * p.height * p.width
@@ -177,11 +199,15 @@ def test_a_row_follows_from_the_compiled_kernel(
     assert sum(group["limiters"].values()) == len(rows)
 
 
-def test_the_committed_predictions_are_of_these_layers(predictions: ModuleType) -> None:
-    content = json.loads(predictions.RESULT.read_text(encoding="utf-8"))
-    expected = {inventory.describe(call) for call in predictions.layers()}
+@pytest.mark.parametrize("column", shipped.COLUMNS, ids=lambda column: column.op)
+def test_the_committed_predictions_are_of_these_layers(
+    predictions: ModuleType, column: shipped.Column
+) -> None:
+    text = predictions.result(column.op).read_text(encoding="utf-8")
+    content = json.loads(text)
+    expected = {call.describe() for call in predictions.layers(column.op)}
     for device in predictions.DEVICES:
-        for backend in inventory.BACKENDS:
+        for backend in column.backends:
             rows = [
                 row
                 for row in content["rows"]
@@ -189,4 +215,4 @@ def test_the_committed_predictions_are_of_these_layers(predictions: ModuleType) 
             ]
             assert {row["layer"] for row in rows} == expected
     assert predictions.summarize(content["rows"]) == content["summary"]
-    assert predictions.RESULT.read_text(encoding="utf-8") == predictions.render(content["rows"])
+    assert text == predictions.render(column.op, content["rows"])

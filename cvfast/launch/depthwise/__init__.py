@@ -83,3 +83,14 @@ class Problem:
 
 def _short(values: tuple[int, int]) -> str:
     return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
+
+
+# Odd channels, a depth multiplier, dilation, the largest kernel, unequal axes, and each activation.
+GENERAL = (
+    (Problem(2, 13, 17, 19, (3, 3), (1, 1), (1, 1)), "none"),
+    (Problem(2, 24, 20, 20, (3, 3), (2, 2), (1, 1), multiplier=2), "relu"),
+    (Problem(2, 64, 33, 33, (3, 3), (1, 1), (2, 2), (2, 2)), "relu6"),
+    (Problem(2, 96, 28, 28, (7, 7), (1, 1), (3, 3)), "none"),
+    (Problem(2, 96, 28, 28, (7, 7), (2, 2), (3, 3)), "none"),
+    (Problem(2, 33, 15, 12, (3, 5), (2, 1), (1, 2)), "hardswish"),
+)
