@@ -8,6 +8,7 @@ norm behind the convolution is folded before (`fold_batch_norm`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvfast import backends
+from cvfast import backends, extension
 from cvfast.backends import Reason
-from cvfast.ops import _flops, _gradient
+from cvfast.launch import table
+from cvfast.launch.pointwise import Problem
+from cvfast.ops import _example, _flops, _gradient
+from cvfast.ops._example import Example
 from cvfast.ops.activation import Activation
+from cvfast.perf import devices
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
 
@@ -29,7 +34,7 @@ _TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
 _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define(
     "pointwise(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? gate, "
-    "Tensor? residual, int[2] stride, str activation) -> Tensor",
+    'Tensor? residual, int[2] stride, str activation, str backend="auto") -> Tensor',
     tags=_TAGS,
 )
 _library.define(
@@ -40,6 +45,19 @@ _library.define(
 _library.define(
     "pointwise_cpu.out(Tensor x, Tensor packed, int[2] stride, Tensor? scale, Tensor? shift, "
     "Tensor? gate, Tensor? residual, str activation, *, Tensor(a!) out) -> ()",
+    tags=_TAGS,
+)
+_SURROUNDINGS = (
+    "int[2] stride, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, str activation"
+)
+_library.define(
+    f"pointwise_triton(Tensor x, Tensor weight, Tensor bias, int out_channels, {_SURROUNDINGS}) "
+    "-> Tensor",
+    tags=_TAGS,
+)
+_library.define(
+    f"pointwise_triton.out(Tensor x, Tensor weight, Tensor bias, {_SURROUNDINGS}, *, "
+    "Tensor(a!) out) -> ()",
     tags=_TAGS,
 )
 
@@ -60,7 +78,7 @@ def pointwise(
     """1x1 convolution with its surroundings in one pass; differentiable.
 
     Args:
-        x: [N, C, H, W]. The `cpu` kernel takes float32, bfloat16 and float16 in channels-last
+        x: [N, C, H, W]. The kernels take float32, bfloat16 and float16 in channels-last
             layout (adjacent channels; images, rows and pixels may lie apart, as in a channel
             slice). Any other layout, dtype or device runs on the reference.
         weight: [O, C, 1, 1]; its dtype, and that of everything below, is x's.
@@ -70,7 +88,7 @@ def pointwise(
         gate: [N, C] or None: multiplied into that.
         residual: [N, O, H', W'] or None: added before the activation.
         activation: "none", "relu", "relu6", "hardswish" or "hardsigmoid".
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton"; the gradient is PyTorch's.
 
     Returns:
         [N, O, H', W'] in the dtype of x: channels-last from the kernel, else as PyTorch lays it
@@ -87,7 +105,7 @@ def pointwise(
     if chosen == "reference":
         return reference(x, weight, bias, scale, shift, gate, residual, stride, activation)
     return torch.ops.cvfast.pointwise(
-        x, weight, bias, scale, shift, gate, residual, stride, activation
+        x, weight, bias, scale, shift, gate, residual, stride, activation, chosen
     )
 
 
@@ -124,12 +142,11 @@ def _adjacent(t: Tensor) -> bool:
     return t.shape[1] == 1 or t.stride(1) == 1
 
 
-@backends.register("pointwise", "cpu")
-def _cpu_check(
-    x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
+def _check(
+    backend: str, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
 ) -> Reason | None:
-    if x.device.type != "cpu":
-        return Reason("device", f"x is on {x.device}, the kernel runs on the CPU")
+    if (reason := backends.wrong_device(backend, x.device)) is not None:
+        return reason
     if x.dtype not in KERNEL_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     for name, tensor in (("x", x), ("residual", residual)):
@@ -142,6 +159,10 @@ def _cpu_check(
     if gate is not None and not _adjacent(gate):
         return Reason("layout", "gate's channels are not adjacent; use gate.contiguous()")
     return None
+
+
+for _backend in ("cpu", "triton"):
+    backends.register("pointwise", _backend)(functools.partial(_check, _backend))
 
 
 def prepack(weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
@@ -315,21 +336,18 @@ def _pointwise(
     residual: Tensor | None,
     stride: Sequence[int],
     activation: str,
+    backend: str = "auto",
 ) -> Tensor:
-    if backends.supports("pointwise", "cpu", x, gate, residual) is None:
-        return torch.ops.cvfast.pointwise_cpu(
-            x,
-            prepack(weight, bias, dtype=x.dtype),
-            weight.shape[0],
-            stride,
-            _kernel_vector(scale),
-            _kernel_vector(shift),
-            gate,
-            residual,
-            activation,
-        )
-    y = reference(x, weight, bias, scale, shift, gate, residual, stride, activation)
-    return y.contiguous(memory_format=torch.channels_last)
+    chosen = backends.select("pointwise", backend, x.device, x, gate, residual)
+    if chosen == "reference":
+        y = reference(x, weight, bias, scale, shift, gate, residual, stride, activation)
+        return y.contiguous(memory_format=torch.channels_last)
+    around = (_kernel_vector(scale), _kernel_vector(shift), gate, residual, activation)
+    if chosen == "triton":
+        packed = prepack_gpu(weight, bias, x.dtype)
+        return torch.ops.cvfast.pointwise_triton(x, *packed, weight.shape[0], stride, *around)
+    packed = prepack(weight, bias, dtype=x.dtype)
+    return torch.ops.cvfast.pointwise_cpu(x, packed, weight.shape[0], stride, *around)
 
 
 def _kernel_vector(vector: Tensor | None) -> Tensor | None:
@@ -356,8 +374,9 @@ def _pointwise_fake(
     residual: Tensor | None,
     stride: Sequence[int],
     activation: str,
+    backend: str = "auto",
 ) -> Tensor:
-    del bias, scale, shift, gate, residual, activation
+    del bias, scale, shift, gate, residual, activation, backend
     return _fake_output(x, weight.shape[0], stride)
 
 
@@ -369,19 +388,191 @@ def _pointwise_cpu_fake(
     return _fake_output(x, out_channels, stride)
 
 
+@torch.library.register_fake("cvfast::pointwise_triton")
+def _pointwise_triton_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, out_channels: int, stride: Sequence[int], *rest: Any
+) -> Tensor:
+    del weight, bias, rest
+    return _fake_output(x, out_channels, stride)
+
+
 @torch.library.register_fake("cvfast::pointwise_cpu.out")
-def _pointwise_cpu_out_fake(*arguments: Any, out: Tensor) -> None:
+@torch.library.register_fake("cvfast::pointwise_triton.out")
+def _pointwise_out_fake(*arguments: Any, out: Tensor) -> None:
     del arguments, out
 
 
-for _name in ("default", "out"):
-    _overload = getattr(torch.ops.cvfast.pointwise_cpu, _name)
-    _refusal = _gradient.refusal(_overload, "call cvfast.ops.pointwise")
-    _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
+for _operator in (torch.ops.cvfast.pointwise_cpu, torch.ops.cvfast.pointwise_triton):
+    for _name in ("default", "out"):
+        _overload = getattr(_operator, _name)
+        _refusal = _gradient.refusal(_overload, "call cvfast.ops.pointwise")
+        _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
+
+
+def _problem(
+    x: Tensor,
+    out_channels: int,
+    stride: Sequence[int],
+    *,
+    prologue: bool,
+    gate: bool,
+    residual: bool,
+) -> Problem:
+    batch, channels, height, width = x.shape
+    return Problem(
+        batch,
+        channels,
+        out_channels,
+        height,
+        width,
+        stride=(stride[0], stride[1]),
+        prologue=prologue,
+        gate=gate,
+        residual=residual,
+        dtype=x.dtype,
+        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+    )
+
+
+@torch.library.impl(_library, "pointwise_triton", "CompositeExplicitAutograd")
+def _pointwise_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_channels: int,
+    stride: Sequence[int],
+    *around: Any,
+) -> Tensor:
+    out = _fake_output(x, out_channels, stride)
+    torch.ops.cvfast.pointwise_triton.out(x, weight, bias, stride, *around, out=out)
+    return out
+
+
+@torch.library.impl(_library, "pointwise_triton.out", "CompositeExplicitAutograd")
+def _pointwise_triton_out(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    *,
+    out: Tensor,
+) -> None:
+    _launch(x, weight, bias, stride, scale, shift, gate, residual, activation, out)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out: Tensor,
+    launch: Any = None,
+) -> None:
+    """The Triton kernel, with launch parameters of the tuned table or the heuristic by default."""
+    from cvfast.kernels import pointwise as kernels
+
+    _validate_packed(x, weight, bias, stride, scale, shift, gate, residual, out)
+    problem = _problem(
+        x, out.shape[1], stride, prologue=scale is not None, gate=gate is not None,
+        residual=residual is not None,
+    )  # fmt: skip
+    if launch is None:
+        launch = table.choose("pointwise", "triton", problem, "forward", devices.for_tensor(x))
+    kernels.forward(x, weight, bias, scale, shift, gate, residual, out, problem, launch, activation)
+
+
+def _validate_packed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Checks what the kernel relies on, since it would read and write beyond memory otherwise."""
+    n, channels, *size = x.shape
+    padded = -(-out.shape[1] // _PANEL) * _PANEL
+    out_shape = (n, out.shape[1], *output_size(size, stride))
+    expected = {
+        "weight": (weight, (channels, padded), x.dtype),
+        "bias": (bias, (padded,), torch.float32),
+        "scale": (scale, (channels,), torch.float32),
+        "shift": (shift, (channels,), torch.float32),
+        "gate": (gate, (n, channels), x.dtype),
+        "residual": (residual, out_shape, x.dtype),
+        "out": (out, out_shape, x.dtype),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"pointwise_triton: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{dtype} {shape}; weights come from ops.pointwise.prepack_gpu"
+            )
+        if tensor.dim() == 1 or name == "weight":
+            adjacent = tensor.is_contiguous()
+        else:
+            adjacent = _adjacent(tensor)
+        if not adjacent:
+            raise ValueError(f"pointwise_triton: {name}'s channels are not adjacent in memory")
+    if not _adjacent(x):
+        raise ValueError("pointwise_triton: x's channels are not adjacent in memory")
+    if (scale is None) != (shift is None):
+        raise ValueError("pointwise_triton: scale and shift come together")
+
+
+def example(
+    problem: Problem, activation: str, *, device: str | torch.device, seed: int = 0
+) -> Example:
+    """The kernel on random inputs: x, weight, bias, scale, shift, gate and residual, the last four
+    as `problem` has them; see `cvfast.ops._example`."""
+    dtype, channels, out_channels = problem.dtype, problem.channels, problem.out_channels
+
+    def draw(number: int, *shape: int) -> Tensor:
+        return _example.normal(shape, dtype, device=device, seed=seed + number)
+
+    batch = problem.batch
+    x = draw(0, batch, channels, problem.height, problem.width)
+    weight = draw(1, out_channels, channels, 1, 1) / channels**0.5
+    bias = draw(2, out_channels)
+    scale = draw(3, channels) if problem.prologue else None
+    shift = draw(4, channels) if problem.prologue else None
+    gate = draw(5, batch, channels).sigmoid() if problem.gate else None
+    out_size = (problem.out_height, problem.out_width)
+    residual = draw(6, batch, out_channels, *out_size) if problem.residual else None
+
+    def definition(*inputs: Tensor | None) -> Tensor:
+        return reference(*inputs, stride=problem.stride, activation=activation)  # type: ignore[arg-type]
+
+    packed = prepack_gpu(weight, bias, dtype)
+    vectors = _kernel_vector(scale), _kernel_vector(shift)
+
+    def kernel(backend: str, launch: Any) -> Tensor:
+        if not (status := extension.load(backend)):
+            raise backends.Unsupported("pointwise", backend, Reason("no_extension", str(status)))
+        out = _fake_output(x, out_channels, problem.stride)
+        _launch(x, *packed, problem.stride, *vectors, gate, residual, activation, out, launch)
+        return out
+
+    return Example((x, weight, bias, scale, shift, gate, residual), definition, kernel)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, scale, shift, gate, residual, ctx.stride, ctx.activation = inputs
+    x, weight, bias, scale, shift, gate, residual, ctx.stride, ctx.activation, _ = inputs
     # ReLU and ReLU6 read their mask off the output, which the next layer keeps alive anyway; the
     # hard activations need their input, which is recomputed.
     kept = output if ctx.activation in ("relu", "relu6") else None
@@ -453,6 +644,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad if needs_residual else None,
         None,
         None,
+        None,
     )
 
 
@@ -467,3 +659,4 @@ def _pointwise_flops(
 
 _flops.register(torch.ops.cvfast.pointwise, _pointwise_flops)
 _flops.register(torch.ops.cvfast.pointwise_cpu, _pointwise_flops)
+_flops.register(torch.ops.cvfast.pointwise_triton, _pointwise_flops)
