@@ -343,11 +343,11 @@ def _pointwise(
         y = reference(x, weight, bias, scale, shift, gate, residual, stride, activation)
         return y.contiguous(memory_format=torch.channels_last)
     around = (_kernel_vector(scale), _kernel_vector(shift), gate, residual, activation)
+    size = (weight.shape[0], stride)
     if chosen == "triton":
         packed = prepack_gpu(weight, bias, x.dtype)
-        return torch.ops.cvfast.pointwise_triton(x, *packed, weight.shape[0], stride, *around)
-    packed = prepack(weight, bias, dtype=x.dtype)
-    return torch.ops.cvfast.pointwise_cpu(x, packed, weight.shape[0], stride, *around)
+        return torch.ops.cvfast.pointwise_triton(x, *packed, *size, *around)
+    return torch.ops.cvfast.pointwise_cpu(x, prepack(weight, bias, dtype=x.dtype), *size, *around)
 
 
 def _kernel_vector(vector: Tensor | None) -> Tensor | None:
@@ -555,8 +555,9 @@ def example(
     out_size = (problem.out_height, problem.out_width)
     residual = draw(6, batch, out_channels, *out_size) if problem.residual else None
 
-    def definition(*inputs: Tensor | None) -> Tensor:
-        return reference(*inputs, stride=problem.stride, activation=activation)  # type: ignore[arg-type]
+    def definition(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
+        bias, scale, shift, gate, residual = rest
+        return reference(x, weight, bias, scale, shift, gate, residual, problem.stride, activation)
 
     packed = prepack_gpu(weight, bias, dtype)
     vectors = _kernel_vector(scale), _kernel_vector(shift)
