@@ -44,6 +44,17 @@ def offsets(
 
 
 @jit
+def place(image, row, column, image_stride, row_stride, pixel_stride, ALIGN: tl.constexpr):
+    """Elements from the first pixel to this one, in 64 bits; strides are in units of ALIGN elements,
+    so that the compiler knows what the offsets are multiples of."""
+    return (
+        image.to(tl.int64) * (image_stride.to(tl.int64) * ALIGN)
+        + row.to(tl.int64) * (row_stride.to(tl.int64) * ALIGN)
+        + column.to(tl.int64) * (pixel_stride.to(tl.int64) * ALIGN)
+    )
+
+
+@jit
 def tile_of(program, rows, columns, GROUP: tl.constexpr):
     """Row and column of a program's tile: programs next to each other take GROUP tiles of rows of
     one column before the next column, so that what they read is in L2."""

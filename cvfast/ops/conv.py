@@ -2,8 +2,9 @@
 
 Implementations: ``reference`` (plain PyTorch; any dtype, device and layout), ``onednn`` (oneDNN
 through PyTorch on the CPU: weights reordered into the library's blocked layout, bias, residual and
-those activations fused that treat NaN as PyTorch does) and ``cpu`` (cvfast's own kernels for one
-group: direct, or Winograd's minimal filtering for 3 x 3 kernels at stride and dilation 1).
+those activations fused that treat NaN as PyTorch does) ``cpu`` (cvfast's own kernels for one group:
+direct, or Winograd's minimal filtering for 3 x 3 kernels at stride and dilation 1) and ``triton``
+(implicit matrix product on GPUs, for one group).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from torch import Tensor
 
 from cvfast import backends
 from cvfast.backends import Reason
+from cvfast.launch import table
+from cvfast.launch.conv import FEW_CHANNELS, Problem
+from cvfast.perf import devices
 
-from . import _flops, _gradient
+from . import _example, _flops, _gradient
+from ._example import Example
 from .activation import NONE, Activation, activate_
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -564,3 +569,320 @@ def _conv_cpu_flops(
 
 
 _flops.register(torch.ops.cvfast.conv_cpu, _conv_cpu_flops)
+
+
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_GPU_OPERANDS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? x2, int[2] kernel_size"
+)
+_GPU_GEOMETRY = "int[2] stride, int[] padding, int[2] dilation, str activation"
+_GPU_TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
+_library.define(
+    f"conv_triton({_GPU_OPERANDS}, int out_channels, {_GPU_GEOMETRY}) -> Tensor", tags=_GPU_TAGS
+)
+_library.define(
+    f"conv_triton.out({_GPU_OPERANDS}, {_GPU_GEOMETRY}, *, Tensor(a!) out) -> ()", tags=_GPU_TAGS
+)
+
+
+def conv_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    residual: Tensor | None = None,
+    x2: Tensor | None = None,
+    activation: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`conv` of one group by cvfast's Triton kernel; packs the weight on each call.
+
+    To pack once, call :func:`prepack_gpu` and ``torch.ops.cvfast.conv_triton``. Sums are float32 in
+    every dtype; float32 products are rounded to TF32 where ``torch.backends.cudnn.allow_tf32``
+    says so, as those of PyTorch's convolutions are. The same call gives the same bits.
+
+    Args:
+        x: [N, C, H, W], channels-last (adjacent channels; images, rows and pixels may lie apart, as
+            in a channel slice), on a GPU; float32, bfloat16 or float16. With fewer than 16 channels
+            and no ``x2``, any strides.
+        weight, bias, padding, residual, activation, out: as for :func:`conv_cpu`.
+        x2: [N, C2, H, W], channels-last: the channels after those of ``x``, as if the two were
+            concatenated. C must then be a multiple of 16.
+
+    Raises:
+        ValueError: for arguments that do not fit together, or an unknown activation.
+        TypeError: for dtypes that differ.
+        cvfast.backends.Unsupported: for a dtype, device or layout that the kernel does not take.
+    """
+    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
+    _validate(x, weight, bias, stride, padding, dilation, residual, x2, activation, out)
+    backends.select("conv", "triton", x.device, x, x2)
+    operands = (x, *prepack_gpu(weight, bias, x.dtype), residual, x2, weight.shape[2:])
+    geometry = (stride, padding, dilation, activation)
+    ops = torch.ops.cvfast
+    if out is None:
+        fresh: Tensor = ops.conv_triton(*operands, weight.shape[0], *geometry)
+        return fresh
+    ops.conv_triton.out(*operands, *geometry, out=out)
+    return out
+
+
+@backends.register("conv", "triton")
+def _triton_check(x: Tensor, x2: Tensor | None = None) -> Reason | None:
+    if (reason := backends.wrong_device("triton", x.device)) is not None:
+        return reason
+    if x.dtype not in GPU_DTYPES:
+        return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
+    few = x.shape[1] < FEW_CHANNELS and x2 is None
+    if not few and x.shape[1] != 1 and x.stride(1) != 1:
+        return Reason(
+            "layout",
+            "x is not channels-last (stride 1 along C); convert it once with "
+            "x.contiguous(memory_format=torch.channels_last)",
+        )
+    return None
+
+
+def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights in the layout that ``cvfast::conv_triton`` reads; carry no gradient.
+
+    Args:
+        weight: [K, C, R, S], any floating dtype.
+        bias: [K] or None, which counts as zeros.
+        dtype: of the images.
+
+    Returns:
+        weight [R*S, C, N] in ``dtype`` and bias [N] in float32, N being K rounded up to a multiple
+        of 16; zeros beyond the last channel.
+
+    Raises:
+        ValueError: for a weight of another shape, or a dtype that the kernel does not take.
+    """
+    if weight.dim() != 4:
+        raise ValueError(
+            f"conv.prepack_gpu: weight has shape {tuple(weight.shape)}, expected [K, C, R, S]"
+        )
+    if dtype not in GPU_DTYPES:
+        raise ValueError(f"conv.prepack_gpu: the kernel does not take images of {dtype}")
+    rest = -weight.shape[0] % _PANEL
+    taps = weight.detach().to(dtype).permute(2, 3, 1, 0).flatten(0, 1)
+    packed = F.pad(taps, (0, rest)).contiguous()
+    if bias is None:
+        return packed, packed.new_zeros(packed.shape[2], dtype=torch.float32)
+    return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+
+
+def problem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    *,
+    out: Tensor,
+) -> Problem:
+    """The launch parameters' view of a call of ``cvfast::conv_triton.out``.
+
+    Raises:
+        ValueError: if shapes or layouts do not fit together.
+        TypeError: for dtypes that differ.
+    """
+    del bias
+    if activation not in CPU_ACTIVATIONS:
+        raise ValueError(
+            f"conv: unknown activation {activation!r}; expected {', '.join(CPU_ACTIVATIONS)}"
+        )
+    _check_images(x, residual, x2, out)
+    shape = _output_shape(x.shape, out.shape[1], kernel_size, stride, padding, dilation)
+    for name, image in (("residual", residual), ("out", out)):
+        if image is not None and tuple(image.shape) != shape:
+            raise ValueError(f"conv: {name} has shape {tuple(image.shape)}, expected {shape}")
+    before, after = tuple(padding[:2]), tuple(padding[-2:])
+    call = Problem(
+        batch=x.shape[0],
+        channels=x.shape[1],
+        height=x.shape[2],
+        width=x.shape[3],
+        out_channels=out.shape[1],
+        kernel=(kernel_size[0], kernel_size[1]),
+        stride=(stride[0], stride[1]),
+        padding=before if before == after else (*before, *after),
+        dilation=(dilation[0], dilation[1]),
+        channels2=0 if x2 is None else x2.shape[1],
+        residual=residual is not None,
+        dtype=x.dtype,
+        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+    )
+    if not call.flat and x.shape[1] != 1 and x.stride(1) != 1:
+        raise ValueError("conv: x is not channels-last (stride 1 along C)")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"conv: weight is {weight.dtype} but x is {x.dtype}; cast one of them")
+    return call
+
+
+def _check_images(x: Tensor, residual: Tensor | None, x2: Tensor | None, out: Tensor) -> None:
+    for name, image in (("residual", residual), ("x2", x2), ("out", out)):
+        if image is None:
+            continue
+        if image.dtype != x.dtype:
+            raise TypeError(f"conv: {name} is {image.dtype} but x is {x.dtype}; cast one of them")
+        if image.device != x.device:
+            raise ValueError(
+                f"conv: {name} is on {image.device} but x is on {x.device}; move one of them"
+            )
+        if image.shape[1] != 1 and image.stride(1) != 1:
+            raise ValueError(f"conv: {name} is not channels-last (stride 1 along C)")
+    if x2 is not None and (x2.shape[0], *x2.shape[2:]) != (x.shape[0], *x.shape[2:]):
+        raise ValueError(
+            f"conv: x2 has shape {tuple(x2.shape)}, expected that of x, {tuple(x.shape)}, but "
+            "for the channels"
+        )
+
+
+@torch.library.impl(_library, "conv_triton.out", "CompositeExplicitAutograd")
+def _conv_triton_out(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    *geometry: Any,
+    out: Tensor,
+) -> None:
+    from cvfast.kernels import conv as kernels
+
+    call = problem(x, weight, bias, residual, x2, *geometry, out=out)
+    launch = table.choose("conv", "triton", call, "forward", devices.for_tensor(x))
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[2], dtype=torch.float32)
+    kernels.forward(x, weight, bias, residual, x2, call, launch, geometry[-1], out)
+
+
+def _conv_triton_result(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    shape = _output_shape(x.shape, out_channels, kernel_size, stride, padding, dilation)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.impl(_library, "conv_triton", "CompositeExplicitAutograd")
+def _conv_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    kernel_size: Sequence[int],
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    geometry = (stride, padding, dilation)
+    out = _conv_triton_result(x, kernel_size, out_channels, *geometry)
+    _conv_triton_out(x, weight, bias, residual, x2, kernel_size, *geometry, activation, out=out)
+    return out
+
+
+@torch.library.register_fake("cvfast::conv_triton")
+def _conv_triton_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    kernel_size: Sequence[int],
+    out_channels: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    del weight, bias, residual, x2, activation
+    return _conv_triton_result(x, kernel_size, out_channels, stride, padding, dilation)
+
+
+torch.library.register_fake("cvfast::conv_triton.out", _conv_cpu_out_fake)
+for _overload in (torch.ops.cvfast.conv_triton.default, torch.ops.cvfast.conv_triton.out):
+    _refusal = _gradient.refusal(_overload, "call cvfast.ops.conv.conv")
+    _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
+
+
+def _conv_triton_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    return 2 * prod(out_shape) * weight_shape[0] * weight_shape[1]
+
+
+_flops.register(torch.ops.cvfast.conv_triton, _conv_triton_flops)
+
+
+def example(
+    problem: Problem, activation: str = "none", *, device: str | torch.device, seed: int = 0
+) -> Example:
+    """Random inputs of a problem for the GPU kernels; see :mod:`cvfast.ops._example`."""
+    n, h, w = problem.batch, problem.height, problem.width
+    c, c2, k = problem.channels, problem.channels2, problem.out_channels
+    result = (n, k, problem.out_height, problem.out_width)
+    x, weight, bias, residual, x2 = (
+        None
+        if shape is None
+        else _example.normal(shape, problem.dtype, device=device, seed=seed + i)
+        for i, shape in enumerate(
+            (
+                (n, c, h, w),
+                (k, c + c2, *problem.kernel),
+                (k,),
+                result if problem.residual else None,
+                (n, c2, h, w) if c2 else None,
+            )
+        )
+    )
+    assert x is not None and weight is not None
+    geometry = (problem.stride, problem.padding, problem.dilation)
+    packed = prepack_gpu(weight, bias, problem.dtype)
+
+    def definition(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, x2: Tensor | None
+    ) -> Tensor:
+        whole = x if x2 is None else torch.cat([x, x2], 1)
+        top, left, bottom, right = (*problem.padding, *problem.padding)[:4]
+        return conv(
+            F.pad(whole, (left, right, top, bottom)),
+            weight,
+            bias,
+            stride=problem.stride,
+            dilation=problem.dilation,
+            residual=residual,
+            activation=Activation(activation),
+        )
+
+    def kernel(backend: str, launch: Any) -> Tensor:
+        from cvfast.kernels import conv as kernels
+
+        if launch is None:
+            launch = table.choose("conv", backend, problem, "forward", devices.for_tensor(x))
+        out = _conv_triton_result(x, problem.kernel, k, *geometry)
+        kernels.forward(x, *packed, residual, x2, problem, launch, activation, out)
+        return out
+
+    return Example((x, weight, bias, residual, x2), definition, kernel)
