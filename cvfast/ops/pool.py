@@ -1,9 +1,10 @@
 """Pooling: the largest or the mean of each window, and the mean of a whole image.
 
-`cvfast::pool_cpu` is `max_pool2d` or `avg_pool2d` of `torch.nn.functional`, and
-`cvfast::global_pool_cpu` is `adaptive_avg_pool2d(x, 1)`, on channels-last images. Means take a
-batch norm and ReLU before them (scale, shift): DenseNet's. The overloads `.out` write into a given
-image, for example a channel slice of a wider one.
+`cvfast::pool_cpu` and `cvfast::pool_triton` are `max_pool2d` or `avg_pool2d` of
+`torch.nn.functional`, `cvfast::global_pool_cpu` and `cvfast::global_pool_triton` are
+`adaptive_avg_pool2d(x, 1)`, on channels-last images. Means take a batch norm and ReLU before them
+(scale, shift): DenseNet's. The overloads `.out` write into a given image, for example a channel
+slice of a wider one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvfast.ops import _gradient
+from cvfast import extension
+from cvfast.launch import table
+from cvfast.launch.global_pool import Problem as GlobalProblem
+from cvfast.launch.pool import Problem
+from cvfast.launch.pool import output_size as output_size
+from cvfast.ops import _example, _gradient
+from cvfast.ops._example import Example
+from cvfast.perf import devices
 
 KINDS = ("max", "avg")
+KERNEL_BACKENDS = ("cpu", "triton")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
 _POOL = (
@@ -28,9 +38,11 @@ _POOL = (
 _GLOBAL_POOL = "Tensor x, Tensor? scale=None, Tensor? shift=None"
 
 _library = torch.library.Library("cvfast", "FRAGMENT")
-for _name, _arguments in (("pool_cpu", _POOL), ("global_pool_cpu", _GLOBAL_POOL)):
-    _library.define(f"{_name}({_arguments}) -> Tensor", tags=_TAGS)
-    _library.define(f"{_name}.out({_arguments}, *, Tensor(a!) out) -> ()", tags=_TAGS)
+for _backend in KERNEL_BACKENDS:
+    for _name, _arguments in (("pool", _POOL), ("global_pool", _GLOBAL_POOL)):
+        _name = f"{_name}_{_backend}"
+        _library.define(f"{_name}({_arguments}) -> Tensor", tags=_TAGS)
+        _library.define(f"{_name}.out({_arguments}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 
 
 def reference(
@@ -46,7 +58,7 @@ def reference(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """What `cvfast::pool_cpu` computes, in plain PyTorch: any device, dtype and layout.
+    """What `cvfast::pool_cpu` and `pool_triton` compute, in plain PyTorch: any device, dtype and layout.
 
     Args:
         x: [N, C, H, W]; the kernel takes float32, bfloat16 and float16, channels-last (adjacent
@@ -77,7 +89,7 @@ def reference(
 
 
 def global_reference(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """What `cvfast::global_pool_cpu` computes: the mean over H and W, [N, C, 1, 1]."""
+    """What `cvfast::global_pool_cpu` and `global_pool_triton` compute: the mean over H and W, [N, C, 1, 1]."""
     return scaled(x, scale, shift).mean((2, 3), keepdim=True)
 
 
@@ -86,25 +98,6 @@ def scaled(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None or shift is None:
         return x
     return F.relu(x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None])
-
-
-def output_size(
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[int, int]:
-    """(H', W') of the pooled image; in ceil_mode no window starts beyond the image's end."""
-    sizes = []
-    for i in (0, 1):
-        free = size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1
-        count = (free + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
-        if ceil_mode and (count - 1) * stride[i] >= size[i] + padding[i]:
-            count -= 1
-        sizes.append(count)
-    return sizes[0], sizes[1]
 
 
 def bytes_moved(
@@ -123,7 +116,6 @@ def _empty(x: Tensor, height: int, width: int) -> Tensor:
     )
 
 
-@torch.library.register_fake("cvfast::pool_cpu")
 def _pool_fake(
     x: Tensor,
     kind: str,
@@ -139,7 +131,6 @@ def _pool_fake(
     return _empty(x, *output_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode))
 
 
-@torch.library.register_fake("cvfast::global_pool_cpu")
 def _global_pool_fake(
     x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
@@ -151,11 +142,262 @@ def _out_fake(*arguments: Any, out: Tensor, **more: Any) -> None:
     del arguments, out, more
 
 
-for _name, _advice in (
-    ("pool_cpu", "call torch.nn.functional.max_pool2d or avg_pool2d"),
-    ("global_pool_cpu", "call torch.nn.functional.adaptive_avg_pool2d"),
-):
-    torch.library.register_fake(f"cvfast::{_name}.out", _out_fake)
-    for _overload in ("default", "out"):
-        _op = getattr(getattr(torch.ops.cvfast, _name), _overload)
-        _library.impl(_op, _gradient.refusal(_op, _advice), "Autograd", with_keyset=True)
+for _backend in KERNEL_BACKENDS:
+    for _name, _fake, _advice in (
+        ("pool", _pool_fake, "call torch.nn.functional.max_pool2d or avg_pool2d"),
+        ("global_pool", _global_pool_fake, "call torch.nn.functional.adaptive_avg_pool2d"),
+    ):
+        _name = f"{_name}_{_backend}"
+        torch.library.register_fake(f"cvfast::{_name}", _fake)
+        torch.library.register_fake(f"cvfast::{_name}.out", _out_fake)
+        for _overload in ("default", "out"):
+            _op = getattr(getattr(torch.ops.cvfast, _name), _overload)
+            _library.impl(_op, _gradient.refusal(_op, _advice), "Autograd", with_keyset=True)
+
+
+def problem(
+    x: Tensor,
+    kind: str,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Problem:
+    """What `cvfast::pool_triton` chooses its launch parameters by; arguments are its.
+
+    Raises:
+        ValueError: for arguments that do not fit together, naming them.
+    """
+    _check_image("pool_triton", "x", x, x, x.shape)
+    pairs = {
+        "kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation
+    }  # fmt: skip
+    for name, pair in pairs.items():
+        if len(pair) != 2 or min(pair) < (name != "padding"):
+            raise ValueError(
+                f"cvfast::pool_triton: {name}={list(pair)}: expected two numbers, at least "
+                f"{int(name != 'padding')}"
+            )
+    if any(padding[i] > kernel_size[i] // 2 for i in (0, 1)):
+        raise ValueError(
+            f"cvfast::pool_triton: padding={list(padding)}: expected at most half the kernel size "
+            f"{list(kernel_size)}"
+        )
+    if kind not in KINDS:
+        raise ValueError(f"cvfast::pool_triton: unknown kind {kind!r}; expected max or avg")
+    if kind == "max" and (divisor_override is not None or scale is not None):
+        raise ValueError(
+            "cvfast::pool_triton: divisor_override, scale and shift are for kind avg"
+        )
+    if kind == "avg" and tuple(dilation) != (1, 1):
+        raise ValueError(f"cvfast::pool_triton: dilation={list(dilation)}: kind avg takes 1")
+    if divisor_override == 0:
+        raise ValueError("cvfast::pool_triton: divisor_override must not be 0")
+    _check_scale("pool_triton", x, scale, shift)
+    batch, channels, height, width = x.shape
+    found = Problem(
+        batch, channels, height, width, kind, *(tuple(pair) for pair in pairs.values()),
+        ceil_mode=ceil_mode, count_include_pad=count_include_pad, divisor=divisor_override or 0,
+        prologue=scale is not None, dtype=x.dtype,
+    )  # fmt: skip
+    if min(height, width, found.out_height, found.out_width) < 1:
+        raise ValueError(
+            f"cvfast::pool_triton: the kernel {list(kernel_size)} is larger than the padded image "
+            f"{height}x{width}"
+        )
+    if out is not None:
+        size = (batch, channels, found.out_height, found.out_width)
+        _check_image("pool_triton", "out", out, x, size)
+    return found
+
+
+def global_problem(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> GlobalProblem:
+    """What `cvfast::global_pool_triton` chooses its launch parameters by; arguments are its.
+
+    Raises:
+        ValueError: for arguments that do not fit together, naming them.
+    """
+    _check_image("global_pool_triton", "x", x, x, x.shape)
+    if not x.shape[2] * x.shape[3]:
+        raise ValueError("cvfast::global_pool_triton: x has no pixels to average")
+    _check_scale("global_pool_triton", x, scale, shift)
+    if out is not None:
+        _check_image("global_pool_triton", "out", out, x, (*x.shape[:2], 1, 1))
+    return GlobalProblem(*x.shape, prologue=scale is not None, dtype=x.dtype)
+
+
+def _check_image(op: str, name: str, image: Tensor, x: Tensor, size: Sequence[int]) -> None:
+    if image.dim() != 4 or image.shape != torch.Size(size):
+        raise ValueError(
+            f"cvfast::{op}: {name} has shape {list(image.shape)}, expected "
+            f"{list(size) if len(size) == 4 else '[N, C, H, W]'}"
+        )
+    if image.dtype not in KERNEL_DTYPES or image.dtype != x.dtype:
+        raise ValueError(
+            f"cvfast::{op}: {name} is {image.dtype}; expected float32, bfloat16 or float16, the "
+            "same for x and out"
+        )
+    if image.device != x.device:
+        raise ValueError(f"cvfast::{op}: {name} is on {image.device}, but x on {x.device}")
+    if image.shape[1] != 1 and image.stride(1) != 1:
+        raise ValueError(
+            f"cvfast::{op}: {name} is not channels-last; convert it with "
+            f"{name}.contiguous(memory_format=torch.channels_last)"
+        )
+
+
+def _check_scale(op: str, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError(f"cvfast::{op}: scale and shift come together")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None and (
+            vector.shape != x.shape[1:2]
+            or vector.dtype != torch.float32
+            or vector.device != x.device
+            or not vector.is_contiguous()
+        ):
+            raise ValueError(
+                f"cvfast::{op}: {name} is {vector.dtype} {list(vector.shape)} on {vector.device}, "
+                f"expected contiguous float32 [{x.shape[1]}] on {x.device}"
+            )
+
+
+def _run(
+    op: str, call: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor,
+    launch: Any = None,
+) -> None:  # fmt: skip
+    """Runs the Triton kernel of `op`, by default with the launch parameters chosen for `call`."""
+    from cvfast.kernels import global_pool, pool
+
+    kernels = {"pool": pool, "global_pool": global_pool}[op]
+    if launch is None:
+        launch = table.choose(op, "triton", call, "forward", devices.for_tensor(x))
+    kernels.forward(x, scale, shift, out, call, launch)
+
+
+@torch.library.impl(_library, "pool_triton", "CompositeExplicitAutograd")
+def _pool_triton(
+    x: Tensor,
+    kind: str,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    call = problem(
+        x, kind, kernel_size, stride, padding, dilation, ceil_mode, count_include_pad,
+        divisor_override, scale, shift, out,
+    )  # fmt: skip
+    result = _empty(x, call.out_height, call.out_width) if out is None else out
+    _run("pool", call, x, scale, shift, result)
+    return result
+
+
+@torch.library.impl(_library, "global_pool_triton", "CompositeExplicitAutograd")
+def _global_pool_triton(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    call = global_problem(x, scale, shift, out)
+    result = _empty(x, 1, 1) if out is None else out
+    _run("global_pool", call, x, scale, shift, result)
+    return result
+
+
+@torch.library.impl(_library, "pool_triton.out", "CompositeExplicitAutograd")
+def _pool_triton_out(*arguments: Any, out: Tensor, **more: Any) -> None:
+    _pool_triton(*arguments, out=out, **more)
+
+
+@torch.library.impl(_library, "global_pool_triton.out", "CompositeExplicitAutograd")
+def _global_pool_triton_out(*arguments: Any, out: Tensor, **more: Any) -> None:
+    _global_pool_triton(*arguments, out=out, **more)
+
+
+def example(
+    problem: Problem, activation: str = "none", *, device: str | torch.device, seed: int = 0
+) -> Example:
+    """Random inputs of a problem for the pooling kernels; see `cvfast.ops._example`.
+
+    Raises:
+        ValueError: for an activation, which pooling has none of.
+    """
+    _no_activation("pool", activation)
+    size = (problem.batch, problem.channels, problem.height, problem.width)
+    inputs = _example_inputs(size, problem.prologue, problem.dtype, device, seed)
+    x, (scale, shift) = inputs[0], (None if v is None else v.float() for v in inputs[1:])
+
+    def definition(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return reference(
+            x, problem.kind, problem.kernel, problem.stride, problem.padding, problem.dilation,
+            problem.ceil_mode, problem.count_include_pad, problem.divisor or None, scale, shift,
+        )  # fmt: skip
+
+    def kernel(backend: str, launch: Any) -> Tensor:
+        extension.load(backend)
+        out = _empty(x, problem.out_height, problem.out_width)
+        _run("pool", problem, x, scale, shift, out, launch)
+        return out
+
+    return Example(inputs, definition, kernel)
+
+
+def global_pool_example(
+    problem: GlobalProblem, activation: str = "none", *, device: str | torch.device, seed: int = 0
+) -> Example:
+    """As `example`, for global pooling."""
+    _no_activation("global_pool", activation)
+    size = (problem.batch, problem.channels, problem.height, problem.width)
+    inputs = _example_inputs(size, problem.prologue, problem.dtype, device, seed)
+    x, (scale, shift) = inputs[0], (None if v is None else v.float() for v in inputs[1:])
+
+    def kernel(backend: str, launch: Any) -> Tensor:
+        extension.load(backend)
+        out = _empty(x, 1, 1)
+        _run("global_pool", problem, x, scale, shift, out, launch)
+        return out
+
+    return Example(inputs, global_reference, kernel)
+
+
+def _no_activation(op: str, activation: str) -> None:
+    if activation != "none":
+        raise ValueError(f"{op}: activation={activation!r}: expected none, pooling has no other")
+
+
+def _example_inputs(
+    size: Sequence[int],
+    prologue: bool,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    seed: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, scale and shift, all in `dtype`."""
+    x = _example.normal(size, dtype, device=device, seed=seed)
+    if not prologue:
+        return x, None, None
+    scale, shift = (
+        _example.normal((size[1],), dtype, device=device, seed=seed + i) for i in (1, 2)
+    )
+    return x, scale, shift
