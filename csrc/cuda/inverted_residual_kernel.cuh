@@ -191,6 +191,7 @@ class BlockTile {
             });
         }
         prefetch(0);
+        cp_async_commit();
         for (int chunk = 0; chunk <= chunks; ++chunk) {
             cp_async_wait<0>();
             __syncthreads();
@@ -205,6 +206,7 @@ class BlockTile {
             if (args.expand) expand(chunk);
             __syncthreads();
             prefetch_used(chunk);
+            cp_async_commit();
             convolve(chunk);
         }
         if constexpr (Traits::kProjects) finish();

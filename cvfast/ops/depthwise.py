@@ -54,6 +54,9 @@ for _backend in _OUT_BACKENDS:
     _library.define(f"depthwise_{_backend}.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 # What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.depthwise.cuda.
 _library.define(f"depthwise_cuda_launch({_PACKED}, int[] launch) -> Tensor")
+_library.define(
+    f"depthwise_cuda_launch.out({_PACKED}, int[] launch, *, Tensor(a!) out) -> ()"
+)
 _library.define(f"depthwise_backward_input_cuda_launch({_GRAD_INPUT}, int[] launch) -> Tensor")
 _library.define(f"depthwise_backward_weight_cuda_launch({_GRAD_WEIGHT}, int[] launch) -> Tensor")
 _library.define(

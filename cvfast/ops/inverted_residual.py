@@ -51,6 +51,18 @@ for _schema in (
     "*, Tensor(a!) out, Tensor(b!) row_means) -> ()",
 ):
     _library.define(_schema, tags=_TAGS)
+# What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.inverted_residual.cuda.
+_UNPACKED_HALF = "Tensor x, Tensor? expand, Tensor? expand_bias, Tensor depthwise"
+for _schema in (
+    f"inverted_residual_cuda_launch({_UNPACKED_HALF}, Tensor project, Tensor project_bias, "
+    f"Tensor? residual, int hidden, {_PACKED_GEOMETRY}, str activation, int[] launch, "
+    "*, Tensor(a!) out) -> ()",
+    f"inverted_residual_squeeze_cuda_launch({_UNPACKED_HALF}, int hidden, {_PACKED_GEOMETRY}, "
+    "int[] launch, *, Tensor(a!) out, Tensor(b!) row_means) -> ()",
+    "inverted_residual_cuda_shared_bytes(int channels, int hidden, int out_channels, int[2] size, "
+    "int kernel, int stride, bool expands, int[] launch) -> int",
+):
+    _library.define(_schema)
 
 
 def inverted_residual(
