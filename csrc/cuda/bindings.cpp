@@ -400,11 +400,13 @@ const T* data_of(const std::optional<Tensor>& tensor) {
 }
 
 // The shape of a block up to its depthwise convolution; its operands up to there are checked.
-cvfast::InvertedResidualShape make_block(
-    const char* op, const Tensor& x, const std::optional<Tensor>& expand,
-    const std::optional<Tensor>& expand_bias, const Tensor& depthwise, int64_t hidden,
-    const Pair& kernel_size, const Pair& stride, const Pair& padding,
-    const std::string& expand_activation, const std::string& depthwise_activation) {
+cvfast::InvertedResidualShape make_block(const char* op, const Tensor& x,
+                                         const std::optional<Tensor>& expand,
+                                         const std::optional<Tensor>& expand_bias,
+                                         const Tensor& depthwise, int64_t hidden,
+                                         const Pair& kernel_size, const Pair& stride,
+                                         const Pair& padding, const std::string& expand_activation,
+                                         const std::string& depthwise_activation) {
     constexpr int64_t kPanel = cvfast::kDepthwisePanel;
     check_image(op, "x", x);
     check_geometry(op, kernel_size, stride, padding);
@@ -430,8 +432,8 @@ cvfast::InvertedResidualShape make_block(
     s.kernel_h = kernel_size[0], s.kernel_w = kernel_size[1];
     s.stride_h = stride[0], s.stride_w = stride[1];
     s.pad_top = padding[0], s.pad_left = padding[1];
-    s.out_height = positions(s.height, padding[0] + padding[padding.size() - 2], 1, s.kernel_h,
-                             s.stride_h);
+    s.out_height =
+        positions(s.height, padding[0] + padding[padding.size() - 2], 1, s.kernel_h, s.stride_h);
     s.out_width = positions(s.width, padding[1] + padding.back(), 1, s.kernel_w, s.stride_w);
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0, op,
                     ": the kernel is larger than the padded image ", s.height, "x", s.width);
@@ -496,8 +498,7 @@ void inverted_residual(const Tensor& x, const std::optional<Tensor>& expand,
     const int64_t part_sizes[] = {cvfast::cuda::inverted_residual_partials(s, true, launch)};
     std::optional<Tensor> partials;
     if (part_sizes[0] > 0) {
-        partials =
-            torch::stable::empty(part_sizes, ScalarType::Float, std::nullopt, x.device());
+        partials = torch::stable::empty(part_sizes, ScalarType::Float, std::nullopt, x.device());
     }
     const auto optional = [&](const std::optional<Tensor>& t) { return extent(t ? *t : x); };
     const cvfast::cuda::MemoryScope scope(

@@ -31,8 +31,8 @@ int64_t chunk_count(const InvertedResidualShape& s) { return ceil_divide(s.hidde
 }  // namespace
 
 std::string describe(const InvertedResidualLaunch& l) {
-    return "a launch of " + std::to_string(l.images) + " images of " + std::to_string(l.rows) + "x" +
-           std::to_string(l.columns) + " outputs, " + std::to_string(l.down) + "x" +
+    return "a launch of " + std::to_string(l.images) + " images of " + std::to_string(l.rows) +
+           "x" + std::to_string(l.columns) + " outputs, " + std::to_string(l.down) + "x" +
            std::to_string(l.across) + " warps of width " + std::to_string(l.width) + ", " +
            std::to_string(l.splits) + " splits";
 }
@@ -58,9 +58,9 @@ std::string check_launch(const InvertedResidualShape& s, bool expands, bool proj
     if (s.kernel_h != s.kernel_w || s.stride_h != s.stride_w) {
         return wrong("kernel and stride must be square");
     }
-    const int64_t sizes[] = {s.batch,      s.height,    s.width,   s.in_channels, s.hidden,
-                             s.out_height, s.out_width, s.pad_top, s.pad_left,    s.out_channels,
-                             s.kernel_h,   s.stride_h};
+    const int64_t sizes[] = {s.batch,    s.height,       s.width,     s.in_channels,
+                             s.hidden,   s.out_height,   s.out_width, s.pad_top,
+                             s.pad_left, s.out_channels, s.kernel_h,  s.stride_h};
     if (std::any_of(std::begin(sizes), std::end(sizes), [](int64_t n) { return n > kSizeLimit; })) {
         return wrong("the image is too large for 32-bit counts");
     }

@@ -1,6 +1,7 @@
 // The inverted residual block of the MobileNets in one kernel, over channels-last images on NVIDIA
 // GPUs: a pointwise expansion, a depthwise convolution and a pointwise projection, of which the
-// hidden tensor between them exists in shared memory only, some channels of one tile at a time. T is
+// hidden tensor between them exists in shared memory only, some channels of one tile at a time. T
+// is
 // __half or __nv_bfloat16; sums are float. The functions only enqueue work on `stream`, so that it
 // may be captured in a graph, and return what is wrong with the call: nothing if it was launched.
 #pragma once
@@ -33,7 +34,8 @@ struct InvertedResidualLaunch {
 //
 // expand is [C][hidden16] and project [hidden][O16], their last dimensions padded with zeros to a
 // multiple of 16, like the biases; depthwise is packed (common/depthwise.h). What does not apply is
-// null; residual needs project, means its absence. partials holds inverted_residual_partials floats.
+// null; residual needs project, means its absence. partials holds inverted_residual_partials
+// floats.
 template <class T>
 struct InvertedResidualTensors {
     const T* x;
@@ -56,7 +58,8 @@ std::string parse_launch(const std::vector<int64_t>& numbers, InvertedResidualLa
 std::string check_launch(const InvertedResidualShape& shape, bool expands, bool projects,
                          const InvertedResidualLaunch& launch);
 
-// Dynamic shared memory of a block, in bytes, for a launch that check_launch finds nothing wrong with.
+// Dynamic shared memory of a block, in bytes, for a launch that check_launch finds nothing wrong
+// with.
 int64_t inverted_residual_shared_bytes(const InvertedResidualShape& shape, bool expands,
                                        bool projects, const InvertedResidualLaunch& launch);
 

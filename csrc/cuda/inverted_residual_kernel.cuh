@@ -3,10 +3,11 @@
 // A block owns a tile of outputs and walks over the hidden channels, kChunk at a time:
 //
 //   x tile + halo --expand, mma--> hidden --depthwise--> filtered --project, mma--> sums
-//     (all channels)             (one chunk)           (one chunk)           (registers, to the end)
+//     (all channels)             (one chunk)           (one chunk)           (registers, to the
+//     end)
 //
-// x, hidden and filtered lie in shared memory as matrices of 16-bit elements with a pixel a row. The
-// expansion is computed for pixels of the image only and scattered into the rectangle that the
+// x, hidden and filtered lie in shared memory as matrices of 16-bit elements with a pixel a row.
+// The expansion is computed for pixels of the image only and scattered into the rectangle that the
 // depthwise convolution reads; what lies outside was cleared once and stays zero, since it is the
 // expanded tensor that is padded. Without an expansion, chunks of x are copied into that rectangle.
 //
@@ -61,8 +62,8 @@ struct BlockTraits {
     static constexpr int kTaps = Kernel * Kernel;
     static constexpr int kStripInputs = (kStrip - 1) * Stride + Kernel;
     static constexpr int kPanelFloats = (kTaps + 1) * kDepthwisePanel;
-    // Blocks of kBlockThreads threads for which a multiprocessor must have registers: 255, 128 or 80
-    // a thread.
+    // Blocks of kBlockThreads threads for which a multiprocessor must have registers: 255, 128 or
+    // 80 a thread.
     static constexpr int kResident = kSums > 64 ? 1 : kSums > 0 ? 2 : 3;
 
     static_assert(Kernel % 2 == 1 && Kernel <= 7);
@@ -74,14 +75,14 @@ struct BlockTraits {
 
 // Where things lie in a block's shared memory, in bytes from its start, each aligned to 16.
 struct SharedLayout {
-    int x;            // [input pixels][channels]
-    int hidden;       // [images][rectangle][kChunk]; twice, one chunk after the other, without expand
-    int hidden_next;  // distance of the second
-    int filtered;     // [outputs][kChunk]
-    int expand;       // [channels][kChunk]
-    int expand_bias;  // [kChunk] floats
-    int project;      // [kChunk][out_channels]
-    int depthwise;    // panels of two chunks
+    int x;       // [input pixels][channels]
+    int hidden;  // [images][rectangle][kChunk]; twice, one chunk after the other, without expand
+    int hidden_next;              // distance of the second
+    int filtered;                 // [outputs][kChunk]
+    int expand;                   // [channels][kChunk]
+    int expand_bias;              // [kChunk] floats
+    int project;                  // [kChunk][out_channels]
+    int depthwise;                // panels of two chunks
     int inputs, outputs, strips;  // TilePixels
     int total;
 };
@@ -101,10 +102,10 @@ struct BlockArguments {
     float* partials;  // null: the projection is not split
     int batch, channels, hidden, out_channels;
     int pad_top, pad_left;
-    int rows, columns, images;    // of a tile
-    int tiles_down, tiles_across;  // of an image
-    int across;                   // warps along the channels of the projection
-    int chunks;                   // of a split
+    int rows, columns, images;                      // of a tile
+    int tiles_down, tiles_across;                   // of an image
+    int across;                                     // warps along the channels of the projection
+    int chunks;                                     // of a split
     bool x_aligned, residual_aligned, out_aligned;  // 16-byte vectors
     Activation expand_activation, depthwise_activation, activation;
     SharedLayout shared;
@@ -164,16 +165,17 @@ class BlockTile {
         columns = min(args.columns, args.out.width - left);
         // The rectangle that a full tile reads, and what of it lies in the image.
         rectangle_rows = (args.rows - 1) * Traits::kStride + Traits::kKernel;
-        rectangle_columns = (round_up(args.columns, kStrip) - 1) * Traits::kStride + Traits::kKernel;
+        rectangle_columns =
+            (round_up(args.columns, kStrip) - 1) * Traits::kStride + Traits::kKernel;
         in_top = top * Traits::kStride - args.pad_top;
         in_left = left * Traits::kStride - args.pad_left;
         skip_rows = max(0, -in_top), skip_columns = max(0, -in_left);
-        in_rows = max(0, min((rows - 1) * Traits::kStride + Traits::kKernel,
-                             args.x.height - in_top) -
-                             skip_rows);
-        in_columns = max(0, min((columns - 1) * Traits::kStride + Traits::kKernel,
-                                args.x.width - in_left) -
-                                skip_columns);
+        in_rows =
+            max(0, min((rows - 1) * Traits::kStride + Traits::kKernel, args.x.height - in_top) -
+                       skip_rows);
+        in_columns =
+            max(0, min((columns - 1) * Traits::kStride + Traits::kKernel, args.x.width - in_left) -
+                       skip_columns);
         inputs = images * in_rows * in_columns;
         outputs = images * rows * columns;
         first_chunk = static_cast<int>(blockIdx.y) * args.chunks;
@@ -232,7 +234,9 @@ class BlockTile {
     __device__ __forceinline__ int warps() const { return static_cast<int>(blockDim.x) / 32; }
 
     // Of the hidden channels, the first of a chunk; and how many 16-channel columns the chunk has.
-    __device__ __forceinline__ int first_hidden(int chunk) const { return (first_chunk + chunk) * kChunk; }
+    __device__ __forceinline__ int first_hidden(int chunk) const {
+        return (first_chunk + chunk) * kChunk;
+    }
     __device__ __forceinline__ int chunk_columns(int chunk) const {
         return min(kChunk, round_up(args.hidden - first_hidden(chunk), kMatrix)) / kMatrix;
     }
@@ -248,8 +252,8 @@ class BlockTile {
         return at<float>(args.shared.depthwise) + chunk % 2 * kPanels * Traits::kPanelFloats;
     }
 
-    // Lists the tile's pixels, and clears what nothing else writes: the hidden rectangle outside the
-    // image, and the rows that fill up the last 16 of a matrix.
+    // Lists the tile's pixels, and clears what nothing else writes: the hidden rectangle outside
+    // the image, and the rows that fill up the last 16 of a matrix.
     __device__ __forceinline__ void prepare() {
         const auto list = [&](int offset, int count, int list_rows, int list_columns, int y, int x,
                               int step) {
@@ -262,8 +266,8 @@ class BlockTile {
         list(args.shared.inputs, inputs, in_rows, in_columns, skip_rows, skip_columns, 1);
         list(args.shared.outputs, outputs, rows, columns, 0, 0, 1);
         list(args.shared.strips, strips(), rows, strips_across(), 0, 0, kStrip);
-        const bool covered = images == args.images && in_rows == rectangle_rows &&
-                             in_columns == rectangle_columns;
+        const bool covered =
+            images == args.images && in_rows == rectangle_rows && in_columns == rectangle_columns;
         if (!covered) {
             const int elements = hidden_offset(args.images, 0, 0);
             clear(hidden(0), elements);
@@ -281,8 +285,8 @@ class BlockTile {
     __device__ __forceinline__ int strips_across() const { return (columns + kStrip - 1) / kStrip; }
     __device__ __forceinline__ int strips() const { return images * rows * strips_across(); }
 
-    // Copies `channels` channels of the tile's inputs, padded to a multiple of 16: those of input i,
-    // which is p in the rectangle, to target(i, p).
+    // Copies `channels` channels of the tile's inputs, padded to a multiple of 16: those of input
+    // i, which is p in the rectangle, to target(i, p).
     template <class Target>
     __device__ __forceinline__ void copy_pixels(int channel, int channels, Target target) {
         const TilePixel* list = at<TilePixel>(args.shared.inputs);
@@ -308,10 +312,10 @@ class BlockTile {
                 return target + hidden_offset(p.image, p.y, p.x);
             });
         }
-        copy_floats(panels(chunk),
-                    args.depthwise + static_cast<int64_t>(first / kDepthwisePanel) *
-                                         Traits::kPanelFloats,
-                    count / kDepthwisePanel * Traits::kPanelFloats);
+        copy_floats(
+            panels(chunk),
+            args.depthwise + static_cast<int64_t>(first / kDepthwisePanel) * Traits::kPanelFloats,
+            count / kDepthwisePanel * Traits::kPanelFloats);
     }
 
     // Starts the copies into memory that was used up before the convolution of `chunk`.
@@ -418,8 +422,7 @@ class BlockTile {
             }
             typename Packed<T>::Word result[kStrip][1];
             activate_words<T>(sum, args.depthwise_activation, result);
-            T* target =
-                filtered + ((p.image * rows + p.y) * columns + p.x) * kChunkPitch;
+            T* target = filtered + ((p.image * rows + p.y) * columns + p.x) * kChunkPitch;
 #pragma unroll
             for (int o = 0; o < kStrip; ++o) {
                 if (p.x + o < columns) store_word(target + o * kChunkPitch, result[o][0]);
@@ -471,7 +474,7 @@ class BlockTile {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float* column = turn + lane / 4 * kTurnPitch + half * 8 + lane % 4 * 2;
-                    const float(&c)[4] = sums[i][j][half];
+                    const float (&c)[4] = sums[i][j][half];
                     *reinterpret_cast<float2*>(column) = {c[0], c[1]};
                     *reinterpret_cast<float2*>(column + 8 * kTurnPitch) = {c[2], c[3]};
                 }
@@ -489,12 +492,13 @@ class BlockTile {
         const int image = first_image + p.image, y = top + p.y, x = left + p.x;
         const auto sum = reinterpret_cast<const float4*>(row);
         if (args.partials) {
-            const int64_t pixels = static_cast<int64_t>(args.batch) * args.out.height * args.out.width;
+            const int64_t pixels =
+                static_cast<int64_t>(args.batch) * args.out.height * args.out.width;
             const int64_t pixel =
                 (static_cast<int64_t>(image) * args.out.height + y) * args.out.width + x;
             auto* part = reinterpret_cast<float4*>(
-                args.partials + (blockIdx.y * pixels + pixel) * round_up(args.out_channels, kMatrix) +
-                channel);
+                args.partials +
+                (blockIdx.y * pixels + pixel) * round_up(args.out_channels, kMatrix) + channel);
             part[0] = sum[0], part[1] = sum[1];
             return;
         }
@@ -521,8 +525,9 @@ class BlockTile {
             const TilePixel p = list[o];
             const uint4 vector =
                 *reinterpret_cast<const uint4*>(filtered + o * kChunkPitch + channel);
-            store_channels(args.out.at(first_image + p.image, top + p.y, left + p.x) + first + channel,
-                           vector, channels - channel, args.out_aligned);
+            store_channels(
+                args.out.at(first_image + p.image, top + p.y, left + p.x) + first + channel, vector,
+                channels - channel, args.out_aligned);
         });
         const float scale = 1.f / static_cast<float>(columns);
         constexpr int kWords = kChunk / 2;
@@ -564,8 +569,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
     for (int c = 0; c < kVector; ++c) value[c] = args.project_bias[channel + c];
     for (int s = 0; s < splits; ++s) {
-        const auto part = reinterpret_cast<const float4*>(
-            args.partials + (s * pixels + pixel) * width + channel);
+        const auto part =
+            reinterpret_cast<const float4*>(args.partials + (s * pixels + pixel) * width + channel);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float4 p = part[h];

@@ -18,19 +18,19 @@ template <class... Traits>
 struct BlockLadder {
     template <class F>
     static bool run(int64_t kernel, int64_t stride, int width, F f) {
-        return ((kernel == Traits::kKernel && stride == Traits::kStride && width == Traits::kWidth &&
-                 (f.template operator()<Traits>(), true)) ||
+        return ((kernel == Traits::kKernel && stride == Traits::kStride &&
+                 width == Traits::kWidth && (f.template operator()<Traits>(), true)) ||
                 ...);
     }
 };
 
-// A warp's 32 pixels times 32 or 80 channels of the projection. 80 serve the 160 and 320 channels of
-// the small planes, at a register in three; 32 leave those to a second block of a multiprocessor.
-using BlockKernels =
-    BlockLadder<BlockTraits<3, 1, 0>, BlockTraits<3, 1, 2>, BlockTraits<3, 1, 5>,
-                BlockTraits<3, 2, 0>, BlockTraits<3, 2, 2>, BlockTraits<3, 2, 5>,
-                BlockTraits<5, 1, 0>, BlockTraits<5, 1, 2>, BlockTraits<5, 1, 5>,
-                BlockTraits<5, 2, 0>, BlockTraits<5, 2, 2>, BlockTraits<5, 2, 5>>;
+// A warp's 32 pixels times 32 or 80 channels of the projection. 80 serve the 160 and 320 channels
+// of the small planes, at a register in three; 32 leave those to a second block of a
+// multiprocessor.
+using BlockKernels = BlockLadder<BlockTraits<3, 1, 0>, BlockTraits<3, 1, 2>, BlockTraits<3, 1, 5>,
+                                 BlockTraits<3, 2, 0>, BlockTraits<3, 2, 2>, BlockTraits<3, 2, 5>,
+                                 BlockTraits<5, 1, 0>, BlockTraits<5, 1, 2>, BlockTraits<5, 1, 5>,
+                                 BlockTraits<5, 2, 0>, BlockTraits<5, 2, 2>, BlockTraits<5, 2, 5>>;
 
 template <class T>
 BlockArguments<T> block_arguments(const InvertedResidualShape& s,
@@ -41,8 +41,7 @@ BlockArguments<T> block_arguments(const InvertedResidualShape& s,
     args.x = make_view(t.x, s.x_image, s.x_row, s.x_pixel, s.height, s.width);
     args.residual = make_view(t.residual, s.residual_image, s.residual_row, s.residual_pixel,
                               s.out_height, s.out_width);
-    args.out =
-        make_view(t.out, s.out_image, s.out_row, s.out_pixel, s.out_height, s.out_width);
+    args.out = make_view(t.out, s.out_image, s.out_row, s.out_pixel, s.out_height, s.out_width);
     args.means = make_view(t.means, s.means_image, s.means_row, 0, s.out_height, 1);
     args.expand = t.expand, args.expand_bias = t.expand_bias;
     args.depthwise = t.depthwise;
@@ -88,19 +87,18 @@ std::string inverted_residual(const InvertedResidualShape& s, const InvertedResi
     const dim3 grid(static_cast<unsigned>(groups * args.tiles_down * args.tiles_across),
                     static_cast<unsigned>(launch.splits));
     const dim3 block(static_cast<unsigned>(launch.down * launch.across * 32));
-    const bool found =
-        BlockKernels::run(s.kernel_h, s.stride_h, launch.width, [&]<class Traits>() {
-            checked(cvfast::cuda::launch(inverted_residual_tile<T, Traits>, grid, block,
-                                         static_cast<size_t>(args.shared.total), stream, args));
-        });
+    const bool found = BlockKernels::run(s.kernel_h, s.stride_h, launch.width, [&]<class Traits>() {
+        checked(cvfast::cuda::launch(inverted_residual_tile<T, Traits>, grid, block,
+                                     static_cast<size_t>(args.shared.total), stream, args));
+    });
     if (!found) {
         return "no inverted_residual kernel is compiled for " + std::to_string(s.kernel_h) + "x" +
                std::to_string(s.kernel_w) + ", stride " + std::to_string(s.stride_h) + " and " +
                describe(launch);
     }
     if (error.empty() && args.partials) {
-        const int64_t threads = s.batch * s.out_height * s.out_width *
-                                ((args.out_channels + kVector - 1) / kVector);
+        const int64_t threads =
+            s.batch * s.out_height * s.out_width * ((args.out_channels + kVector - 1) / kVector);
         const dim3 sums(static_cast<unsigned>((threads + kBlockThreads - 1) / kBlockThreads));
         checked(cvfast::cuda::launch(inverted_residual_sum<T>, sums, dim3(kBlockThreads), 0, stream,
                                      args, launch.splits));
@@ -110,9 +108,9 @@ std::string inverted_residual(const InvertedResidualShape& s, const InvertedResi
 
 }  // namespace cvfast::cuda
 
-#define CVFAST_INSTANTIATE_INVERTED_RESIDUAL(T)                                                    \
-    namespace cvfast::cuda {                                                                       \
-    template std::string inverted_residual(const InvertedResidualShape&,                           \
-                                           const InvertedResidualTensors<T>&,                      \
-                                           const InvertedResidualLaunch&, cudaStream_t);           \
+#define CVFAST_INSTANTIATE_INVERTED_RESIDUAL(T)                                          \
+    namespace cvfast::cuda {                                                             \
+    template std::string inverted_residual(const InvertedResidualShape&,                 \
+                                           const InvertedResidualTensors<T>&,            \
+                                           const InvertedResidualLaunch&, cudaStream_t); \
     }

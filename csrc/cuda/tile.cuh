@@ -15,9 +15,7 @@ struct View {
     int64_t image, row, pixel;
     int height, width;
 
-    __device__ T* at(int n, int y, int x) const {
-        return data + n * image + y * row + x * pixel;
-    }
+    __device__ T* at(int n, int y, int x) const { return data + n * image + y * row + x * pixel; }
 };
 
 template <class T>
@@ -35,19 +33,21 @@ bool whole(const View<T>& view, int64_t channels, int64_t bytes) {
 }
 
 // Matrices of 16-bit elements in shared memory stand in rows of a multiple of kMatrix elements and
-// kVector more: an odd number of 16-byte units, so that the eight rows that ldmatrix reads at a time
-// lie in different banks.
+// kVector more: an odd number of 16-byte units, so that the eight rows that ldmatrix reads at a
+// time lie in different banks.
 inline constexpr int kMatrix = 16;
 inline constexpr int kVector = 8;  // elements in 16 bytes
 
 __host__ __device__ constexpr int matrix_pitch(int columns) { return columns + kVector; }
 
-static_assert(matrix_pitch(kMatrix) * 2 / 16 % 2 == 1 && matrix_pitch(2 * kMatrix) * 2 / 16 % 2 == 1);
+static_assert(matrix_pitch(kMatrix) * 2 / 16 % 2 == 1 &&
+              matrix_pitch(2 * kMatrix) * 2 / 16 % 2 == 1);
 
 __host__ __device__ constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// The first element that ldmatrix reads for this lane of a kMatrix x kMatrix matrix. As it lies, its
-// four 8x8 parts are fragment a of an mma; transposed, they are fragments b of two, 8 columns each.
+// The first element that ldmatrix reads for this lane of a kMatrix x kMatrix matrix. As it lies,
+// its four 8x8 parts are fragment a of an mma; transposed, they are fragments b of two, 8 columns
+// each.
 __device__ __forceinline__ int matrix_offset(int pitch) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     return lane % kMatrix * pitch + lane / kMatrix * kVector;

@@ -12,7 +12,8 @@ projection behind the gate is a `pointwise`. Batch norm is folded before (`fold_
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +47,7 @@ _BLOCK = "Tensor x, Tensor? expand, Tensor depthwise, Tensor project, Tensor? re
 _SQUEEZE = "Tensor x, Tensor? expand, Tensor depthwise, int hidden"
 
 _UNPACKED = "Tensor x, Tensor? expand, Tensor? expand_bias, Tensor depthwise"
-_GPU_BLOCK = (
-    f"{_UNPACKED}, Tensor project, Tensor project_bias, Tensor? residual, int hidden"
-)
+_GPU_BLOCK = f"{_UNPACKED}, Tensor project, Tensor project_bias, Tensor? residual, int hidden"
 _GPU_SQUEEZE = f"{_UNPACKED}, int hidden"
 _OUT = "*, Tensor(a!) out"
 _SQUEEZE_OUT = "*, Tensor(a!) out, Tensor(b!) row_means"
@@ -750,17 +749,15 @@ def _gpu_squeeze_out(
 
 
 def _gpu_functional(backend: str, x: Tensor, *arguments: Any) -> Tensor:
-    *weights, hidden, out_channels, kernel_size, stride, padding, expand, depthwise, last = arguments
-    out = _empty(x, out_channels, output_size(x.shape[2:], kernel_size, stride, padding))
-    geometry = (hidden, kernel_size, stride, padding, expand, depthwise, last)
-    _gpu_out(backend, x, *weights, *geometry, out=out)
+    before, out_channels, after = arguments[:7], arguments[7], arguments[8:]
+    out = _empty(x, out_channels, output_size(x.shape[2:], *after[:3]))
+    _gpu_out(backend, x, *before, *after, out=out)
     return out
 
 
 def _gpu_squeeze_functional(backend: str, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    hidden, kernel_size, stride, padding = arguments[3:7]
-    size = output_size(x.shape[2:], kernel_size, stride, padding)
-    out, row_means = _empty_squeeze(x, hidden, size)
+    hidden, *geometry = arguments[3:7]
+    out, row_means = _empty_squeeze(x, hidden, output_size(x.shape[2:], *geometry))
     _gpu_squeeze_out(backend, x, *arguments, out=out, row_means=row_means)
     return out, row_means
 
@@ -833,22 +830,27 @@ def _squeeze_out_fake(*arguments: Any, out: Tensor, row_means: Tensor) -> None:
 
 
 _advice = 'call cvfast.ops.inverted_residual with backend="reference"'
-_operators = [torch.ops.cvfast.inverted_residual, torch.ops.cvfast.inverted_residual_squeeze]
-for _backend in ("cpu", *GPU_BACKENDS):
-    _block = getattr(torch.ops.cvfast, f"inverted_residual_{_backend}")
-    _squeeze = getattr(torch.ops.cvfast, f"inverted_residual_squeeze_{_backend}")
-    _operators += [_block, _squeeze]
-    for _op, _fake in (
-        (_block.default, _packed_fake),
-        (_block.out, _out_fake),
-        (_squeeze.default, _packed_squeeze_fake),
-        (_squeeze.out, _squeeze_out_fake),
-    ):
-        torch.library.register_fake(_op, _fake)
-for _operator in _operators:
-    for _overload in _operator.overloads():
-        _op = getattr(_operator, _overload)
-        _library.impl(_op, _gradient.refusal(_op, _advice), "Autograd", with_keyset=True)
+_blocks, _halves = (
+    [getattr(torch.ops.cvfast, f"{stem}_{backend}") for backend in ("cpu", *GPU_BACKENDS)]
+    for stem in ("inverted_residual", "inverted_residual_squeeze")
+)
+_fakes: tuple[tuple[list[Any], Callable[..., Any], Callable[..., Any]], ...] = (
+    (_blocks, _packed_fake, _out_fake),
+    (_halves, _packed_squeeze_fake, _squeeze_out_fake),
+)
+for _operators, _fake, _fake_out in _fakes:
+    for _operator in _operators:
+        torch.library.register_fake(_operator.default, _fake)
+        torch.library.register_fake(_operator.out, _fake_out)
+for _operator in (
+    torch.ops.cvfast.inverted_residual,
+    torch.ops.cvfast.inverted_residual_squeeze,
+    *_blocks,
+    *_halves,
+):
+    for _overload in map(functools.partial(getattr, _operator), _operator.overloads()):
+        _refusal = _gradient.refusal(_overload, _advice)
+        _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
 
 
 def _block_flops(
@@ -896,9 +898,10 @@ def _packed_squeeze_flops(
 
 _flops.register(torch.ops.cvfast.inverted_residual, _block_flops)
 _flops.register(torch.ops.cvfast.inverted_residual_squeeze, _block_flops)
-for _block, _squeeze in zip(_operators[2::2], _operators[3::2], strict=True):
-    _flops.register(_block, _packed_block_flops)
-    _flops.register(_squeeze, _packed_squeeze_flops)
+for _operator in _blocks:
+    _flops.register(_operator, _packed_block_flops)
+for _operator in _halves:
+    _flops.register(_operator, _packed_squeeze_flops)
 
 
 def example(
@@ -918,26 +921,19 @@ def example(
     hidden, channels, out_channels = problem.hidden, problem.channels, problem.out_channels
     size = (problem.out_height, problem.out_width)
     x = draw((problem.batch, channels, problem.height, problem.width), seed=seed)
-    # Scaled so that every layer's outputs have about the variance of its inputs.
-    shapes = [(hidden, 1, *problem.kernel)]
-    if problem.expands:
-        shapes.append((hidden, channels, 1, 1))
-    if problem.projects:
-        shapes.append((out_channels, hidden, 1, 1))
-    matrices = [
-        draw(shape, seed=seed + 1 + i) * (shape[1] * shape[2] * shape[3]) ** -0.5
-        for i, shape in enumerate(shapes)
-    ]
-    shifts = [draw((shape[0],), seed=seed + 4 + i) for i, shape in enumerate(shapes)]
+
+    def layer(seed: int, *shape: int) -> tuple[Tensor, Tensor]:
+        """A weight, scaled so that outputs have about the variance of inputs, and a bias."""
+        weight, bias = draw(shape, seed=seed), draw(shape[:1], seed=seed + 1)
+        return weight / math.prod(shape[1:]) ** 0.5, bias
+
+    none = (None, None)
+    depthwise = layer(seed + 1, hidden, 1, *problem.kernel)
+    expand = layer(seed + 3, hidden, channels, 1, 1) if problem.expands else none
+    project = layer(seed + 5, out_channels, hidden, 1, 1) if problem.projects else none
     residual = None
     if problem.residual:
         residual = draw((problem.batch, out_channels, *size), seed=seed + 7)
-    names = ["depthwise"]
-    names += ["expand"] * problem.expands + ["project"] * problem.projects
-    found = dict(zip(names, zip(matrices, shifts, strict=True), strict=True))
-    none: tuple[Tensor | None, Tensor | None] = (None, None)
-    expand, depthwise = found.get("expand", none), found["depthwise"]
-    project = found.get("project", none)
     geometry = (problem.kernel, problem.stride, problem.padding, activation, activation)
     top, left, bottom, right = (*problem.padding, *problem.padding)[:4]
 
@@ -962,8 +958,8 @@ def example(
             return [d, means]
         return [pointwise_reference(d, project, project_bias, residual=residual)]
 
-    packed = (x, *_gpu_packed(x, *expand, *depthwise))
-    matrix = () if project[0] is None else prepack_gpu(*project, problem.dtype)
+    packed = (x, *_gpu_packed(x, expand[0], expand[1], depthwise[0], depthwise[1]))
+    matrix = () if project[0] is None else prepack_gpu(project[0], project[1], problem.dtype)
 
     def kernel(backend: str, launch: Any) -> list[Tensor]:
         extension.load(backend)

@@ -190,9 +190,7 @@ def kernels(
     return names
 
 
-def candidates(
-    problem: Problem, pass_: str, device: Device, limit: int = 32
-) -> list[Launch]:
+def candidates(problem: Problem, pass_: str, device: Device, limit: int = 32) -> list[Launch]:
     """Launches worth timing, those that `predict` expects to be fastest first.
 
     Args:
@@ -205,7 +203,9 @@ def candidates(
     _check_pass(pass_)
     if (reason := unsupported(problem)) is not None:
         raise ValueError(f"inverted_residual, cuda: {reason}")
-    times = {launch: predict(problem, launch, pass_, device) for launch in _launches(problem, device)}
+    times = {
+        launch: predict(problem, launch, pass_, device) for launch in _launches(problem, device)
+    }
     found = [launch for launch, seconds in times.items() if math.isfinite(seconds)]
     if not found:
         raise ValueError(
@@ -225,10 +225,10 @@ def heuristic(problem: Problem, pass_: str, device: Device) -> Launch:
 
 
 # What `predict` counts with; estimates until kernels are tuned on a device. Seconds from the launch
-# of a kernel to its first request, and from a request for device memory to its data under load; the
-# shares of the datasheet's bandwidth that a copy, and of the issue slots that a kernel reaches;
-# bytes a cycle that a multiprocessor takes from L2; instructions a cycle of a lone warp; cycles of a
-# barrier, and from a request to L2 to its data.
+# of a kernel to its first request, and from a request for device memory to its data under load;
+# the shares of the datasheet's bandwidth that a copy, and of the issue slots that a kernel reaches;
+# bytes a cycle that a multiprocessor takes from L2; instructions a cycle of a lone warp; cycles of
+# a barrier, and from a request to L2 to its data.
 _START = 1.5e-6
 _MEMORY_LATENCY = 0.9e-6
 _COPY_EFFICIENCY = 0.9
@@ -288,7 +288,11 @@ def cost(problem: Problem, launch: Launch, device: Device) -> Cost:
     )
     if held.blocks_per_sm == 0 or problem.batch == 0:
         return Cost(math.inf if problem.batch else _START, 1.0, held, 0.0, "launch")
-    inputs, outputs, tiles = _mean_inputs(problem, launch), _outputs(launch), _tiles(problem, launch)
+    inputs, outputs, tiles = (
+        _mean_inputs(problem, launch),
+        _outputs(launch),
+        _tiles(problem, launch),
+    )
     chunks = -(-_chunks(problem) // launch.splits)
     share = problem.hidden / (CHUNK * _chunks(problem))  # of a mean chunk that exists
     phases = _phases(problem, launch, inputs, share)
@@ -307,13 +311,17 @@ def cost(problem: Problem, launch: Launch, device: Device) -> Cost:
     alone += 2 * _BARRIER
 
     item = problem.dtype.itemsize
-    weights = CHUNK * share * (
-        (_round_up(problem.channels, _MATRIX) * item if problem.expands else 0)
-        + _round_up(problem.out_channels, _MATRIX) * item
-        + 4 * (problem.kernel[0] ** 2 + 1)
+    weights = (
+        CHUNK
+        * share
+        * (
+            (_round_up(problem.channels, _MATRIX) * item if problem.expands else 0)
+            + _round_up(problem.out_channels, _MATRIX) * item
+            + 4 * (problem.kernel[0] ** 2 + 1)
+        )
     )
     image = inputs * (problem.channels * item if problem.expands else CHUNK * share * item * chunks)
-    results = outputs * problem.out_channels * item if problem.projects else 0
+    results = float(outputs * problem.out_channels * item)
     if launch.splits > 1 and problem.projects:
         results = outputs * _round_up(problem.out_channels, _MATRIX) * 4
     if not problem.projects:
@@ -375,7 +383,10 @@ def _phases(problem: Problem, launch: Launch, inputs: float, share: float) -> li
         rounds = math.ceil(down / warps)
         row = depth * (12 + 4 * width) + per_row
         return _Phase(
-            down * row, rounds * row, down * depth * (1 + width) * matrix, down * depth * width * 4096
+            down * row,
+            rounds * row,
+            down * depth * (1 + width) * matrix,
+            down * depth * width * 4096,
         )
 
     parts = []
@@ -384,7 +395,9 @@ def _phases(problem: Problem, launch: Launch, inputs: float, share: float) -> li
         expand = product(math.ceil(inputs / _MATRIX), depth, columns, 130)
         stored = inputs * CHUNK * share * 2 * 2
         parts.append(
-            _Phase(expand.instructions, expand.longest, expand.shared + stored, expand.multiply_adds)
+            _Phase(
+                expand.instructions, expand.longest, expand.shared + stored, expand.multiply_adds
+            )
         )
     if problem.projects:
         down = math.ceil(_outputs(launch) / _MATRIX)
@@ -393,9 +406,7 @@ def _phases(problem: Problem, launch: Launch, inputs: float, share: float) -> li
         height, breadth = math.ceil(down / launch.down), math.ceil(width / launch.across)
         longest = columns * (10 + 6 * height + breadth * (6 + 2 * height))
         loaded = columns * (down * launch.across + width * min(launch.down, down)) * matrix
-        parts.append(
-            _Phase(warps * longest, longest, loaded, down * width * columns * 4096)
-        )
+        parts.append(_Phase(warps * longest, longest, loaded, down * width * columns * 4096))
     else:
         vectors = _outputs(launch) * CHUNK * share / 8
         rows = launch.images * launch.rows * CHUNK * share / 2
