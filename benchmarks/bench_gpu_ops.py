@@ -59,7 +59,7 @@ def contenders(
     """
     variants: dict[str, Callable[[], Any]] = {}
     unavailable: dict[str, str] = {}
-    for backend in calls.column(call.op).backends:
+    for backend in call.backends():
         if status := extension.load(backend):
             variants[f"cvfast_{backend}"] = _bind(example, backend)
         else:

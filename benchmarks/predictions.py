@@ -73,7 +73,7 @@ def predicted(device: Device, backend: str, todo: Iterable[Call]) -> list[dict[s
         built = builds[configuration.key]
         if built.error:
             raise SystemExit(f"{configuration.config}: {built.error}")
-        work = _work(call.problem)
+        work = _work(call)
         prediction = predict(
             device,
             built.binaries[configuration.function],
@@ -107,11 +107,10 @@ def predicted(device: Device, backend: str, todo: Iterable[Call]) -> list[dict[s
     return rows
 
 
-def _work(problem: Any) -> Work:
-    written = problem.batch * problem.dtype.itemsize
-    # Operators that keep a size have no name for it after them.
-    for name in ("channels", "height", "width"):
-        written *= getattr(problem, f"out_{name}", None) or getattr(problem, name)
+def _work(call: Call) -> Work:
+    problem = call.problem
+    results = inventory.example(call, device="meta").reference(problem.dtype)
+    written = sum(result.nbytes for result in results)
     return Work(problem.bytes() - written, written, multiply_adds=problem.flops() // 2)
 
 
@@ -171,7 +170,9 @@ def main() -> int:
             row
             for name in DEVICES
             for backend in calls.column(op).backends
-            for row in predicted(find(name), backend, todo)
+            for row in predicted(
+                find(name), backend, [call for call in todo if call.served_by(backend)]
+            )
         ]
         text = render(op, rows)
         if options.check:

@@ -80,7 +80,7 @@ def run(device: str = "cuda") -> None:
     profiler = torch.cuda.profiler
     for call in profiled():
         example = inventory.example(call, device=device)
-        for backend in calls.column(call.op).backends:
+        for backend in call.backends():
             if not extension.load(backend):
                 continue
             example.run(backend)  # compiles

@@ -118,7 +118,7 @@ def exercise_all(device: str = "cuda") -> list[str]:
         example = inventory.example(call, device=device)
         inputs = (None if t is None else t.cpu().double() for t in example.inputs)
         expected = example.evaluate(inputs)
-        for backend in calls.column(call.op).backends:
+        for backend in call.backends():
             if not extension.load(backend):
                 continue
             for actual, truth in zip(example.run(backend), expected, strict=True):

@@ -185,10 +185,9 @@ def configurations(
     calls = tuple(calls)
     found: dict[tuple[Any, ...], Configuration] = {}
     for op, backend, arch in itertools.product(ops, backends, archs):
-        if backend not in column(op).backends:
-            continue
         name = architecture(arch).name
-        launches = [(call, launch_of(backend, name, call)) for call in calls if call.op == op]
+        served = (call for call in calls if call.op == op and call.served_by(backend))
+        launches = [(call, launch_of(backend, name, call)) for call in served]
         if tuned:
             launches += _tuned(op, backend, name)
         for call, launch in launches:

@@ -75,7 +75,7 @@ def jobs(
                 if (call.pass_, call.problem.dtype) == (pass_, dtype)
                 if holding in call.describe()
                 for backend in backends
-                if backend in calls.column(op).backends
+                if call.served_by(backend)
             ]
             for op in ops
         ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cvfast.launch import depthwise
+from cvfast.launch import depthwise, table
 from cvfast.launch.networks import layers
 
 BATCHES = (1, 256)
@@ -37,6 +37,17 @@ class Call:
     def describe(self) -> str:
         """One line."""
         return f"{self.problem.describe()} {self.activation}"
+
+    def backends(self) -> tuple[str, ...]:
+        """Those that have a kernel for it."""
+        return tuple(name for name in column(self.op).backends if self.served_by(name))
+
+    def served_by(self, backend: str) -> bool:
+        """Whether the backend has a kernel for it: it may say why not (`unsupported`)."""
+        if backend not in column(self.op).backends:
+            return False
+        refusal = getattr(table.parameters(self.op, backend), "unsupported", None)
+        return refusal is None or refusal(self.problem) is None
 
 
 Problems = Iterator[tuple[Any, str]]

@@ -56,9 +56,15 @@ def _as_tuple(results: Results) -> tuple[Tensor, ...]:
 def normal(
     shape: Sequence[int], dtype: torch.dtype, *, device: str | torch.device, seed: int
 ) -> Tensor:
-    """Numbers drawn from N(0, 1); with four dimensions channels-last."""
-    generator = torch.Generator(device).manual_seed(seed)
-    values = torch.randn(*shape, generator=generator, device=device)
+    """Numbers drawn from N(0, 1); with four dimensions channels-last.
+
+    On the meta device, which has none, the shape alone.
+    """
+    if torch.device(device).type == "meta":
+        values = torch.empty(*shape, device=device)
+    else:
+        generator = torch.Generator(device).manual_seed(seed)
+        values = torch.randn(*shape, generator=generator, device=device)
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return values.to(dtype=dtype, memory_format=layout)
 
