@@ -42,7 +42,8 @@ from cvfast.launch.depthwise import triton as launches
 from cvfast.launch.depthwise.triton import Launch
 
 from . import compiler, epilogue
-from .jit import Kernel, jit, kernel
+from .jit import jit, kernel
+from .plan import Plan, Strides, check_image, strides
 
 _MAX_RESIDENT = tl.constexpr(launches.MAX_RESIDENT)
 
@@ -586,7 +587,7 @@ def backward_weight(
     output = _check_gradient(grad, output, problem, activation)
     _check_image("x", x, problem, (problem.channels, problem.height, problem.width))
     images = [x, grad] if output is None else [x, grad, output]
-    plan = _plan(problem, launch, "backward_weight", activation, *map(_strides, images))
+    plan = _plan(problem, launch, "backward_weight", activation, *map(strides, images))
     result = grad.new_empty(_packed_shape(problem), dtype=torch.float32)
     shares = result if launch.splits == 1 else result.new_empty((launch.splits, *result.shape))
     plan.start(grad, grad if output is None else output, x, shares)
@@ -625,45 +626,24 @@ def _patches(
             memory_format=torch.channels_last,
         )
     images = [source, result] if output is None else [source, output, result]
-    plan = _plan(problem, launch, pass_, activation, *map(_strides, images))
+    plan = _plan(problem, launch, pass_, activation, *map(strides, images))
     if result.numel():
         plan.start(source, source if output is None else output, packed, result)
     return result
 
 
-_Strides = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A launch, but for its tensors."""
-
-    kernel: Kernel
-    grid: tuple[int]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-    def start(self, *tensors: Tensor) -> None:
-        if any(tensor.device != tensors[0].device for tensor in tensors):
-            devices = ", ".join(str(tensor.device) for tensor in tensors)
-            raise ValueError(f"depthwise: the tensors are on different devices: {devices}")
-        with torch.cuda.device_of(tensors[0]):
-            self.kernel[self.grid](*tensors, *self.sizes, **self.constants, **self.options)
-
-
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    problem: Problem, launch: Launch, pass_: str, activation: str, *strides: _Strides
-) -> _Plan:
+    problem: Problem, launch: Launch, pass_: str, activation: str, *image_strides: Strides
+) -> Plan:
     """How the kernel of `pass_` is launched on images of these strides, in its order of tensors.
 
     Strides are those of source, output and result, in the gradient of the weights of x, grad and
     output; an output that is not read may be left out.
     """
     launches.validate(problem, launch, pass_)
-    align = math.gcd(launch.vector, problem.channels, *itertools.chain(*strides))
-    units = [tuple(stride // align for stride in image) for image in strides]
+    align = math.gcd(launch.vector, problem.channels, *itertools.chain(*image_strides))
+    units = [tuple(stride // align for stride in image) for image in image_strides]
     image, out = (problem.height, problem.width), (problem.out_height, problem.out_width)
     constants: dict[str, Any] = {
         "MULTIPLIER": problem.multiplier,
@@ -696,19 +676,14 @@ def _plan(
             positions=(launch.rows, launch.columns)[i],
             transposed=pass_ == "backward_input",
         )
-    return _Plan(
+    return Plan(
+        op="depthwise",
         kernel=_weight_kernel if pass_ == "backward_weight" else _patch_kernel,
         grid=launches.grid(problem, launch, pass_),
         sizes=(problem.batch, problem.channels // align, *sizes),
         constants=constants,
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-
-
-def _strides(image: Tensor) -> _Strides:
-    """Of images, rows and pixels, in elements; 0 where there is but one."""
-    n, h, w = (image.stride(i) if image.shape[i] > 1 else 0 for i in (0, 2, 3))
-    return n, h, w
 
 
 def _packed_shape(problem: Problem) -> tuple[int, int, int, int]:
@@ -724,16 +699,7 @@ def _check_activation(activation: str, known: tuple[str, ...]) -> None:
 
 
 def _check_image(name: str, image: Tensor, problem: Problem, size: tuple[int, int, int]) -> None:
-    if image.shape != (problem.batch, *size) or image.dtype != problem.dtype:
-        raise ValueError(
-            f"depthwise: {name} is {image.dtype} {tuple(image.shape)}, expected {problem.dtype} "
-            f"{(problem.batch, *size)}"
-        )
-    if size[0] != 1 and image.stride(1) != 1:
-        raise ValueError(
-            f"depthwise: {name} is not channels-last; convert it with "
-            f"{name}.contiguous(memory_format=torch.channels_last)"
-        )
+    check_image("depthwise", name, image, problem.dtype, (problem.batch, *size))
 
 
 def _check_gradient(
@@ -765,8 +731,8 @@ def source(
         "backward_input": [out, out, x],
         "backward_weight": [x, out, out],
     }[pass_]
-    strides = [(c * h * w, c * w, c) for c, h, w in images]
-    plan = _plan(problem, launch, pass_, activation, *strides)
+    contiguous = [(c * h * w, c * w, c) for c, h, w in images]
+    plan = _plan(problem, launch, pass_, activation, *contiguous)
     tensors = plan.kernel.arg_names[:4]
     float32 = ("packed", "shares")
     dtypes = [torch.float32 if name in float32 else problem.dtype for name in tensors]
