@@ -68,14 +68,18 @@ class Layer:
     def geometry(self) -> dict[str, tuple[int, int]]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
-    def tensors(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """x (channels-last), weight and bias, drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, self.channels, *self.size, generator=generator)
         weight = torch.randn(self.outputs, self.channels, *self.kernel, generator=generator)
         weight *= math.prod(weight.shape[1:]) ** -0.5
         bias = torch.randn(self.outputs, generator=generator)
-        return x.contiguous(memory_format=torch.channels_last), weight, bias
+        return (
+            x.to(dtype).contiguous(memory_format=torch.channels_last),
+            weight.to(dtype),
+            bias.to(dtype),
+        )
 
 
 def layers_of(network: str) -> list[Layer]:
@@ -121,10 +125,10 @@ def contenders(
 ) -> tuple[str, dict[str, Callable[[], Tensor]]]:
     """The algorithm that cvfast chooses, and each contender on this layer by name."""
     kernel = torch.ops.cvfast.conv_cpu.default
-    chosen = choose_algorithm(x.shape, weight.shape, **layer.geometry)
+    chosen = choose_algorithm(x.shape, weight.shape, **layer.geometry, dtype=x.dtype)
 
     def ours(algorithm: str) -> Callable[[], Tensor]:
-        packed = prepack(weight, bias, algorithm=algorithm)
+        packed = prepack(weight, bias, algorithm=algorithm, dtype=x.dtype)
         shape = (list(layer.kernel), layer.outputs)
         geometry = (list(layer.stride), list(layer.padding), list(layer.dilation))
         return lambda: kernel(x, packed, None, None, *shape, *geometry, "relu")
@@ -143,11 +147,18 @@ def contenders(
 
 
 def measure(
-    layer: Layer, models: list[str], *, threads: int, batch: int, peak: float, min_time: float
+    layer: Layer,
+    models: list[str],
+    *,
+    threads: int,
+    batch: int,
+    dtype: torch.dtype,
+    peak: float,
+    min_time: float,
 ) -> dict[str, Any]:
     """One row of results: seconds per contender, and what the others take relative to cvfast."""
     torch.set_num_threads(threads)
-    x, weight, bias = layer.tensors(batch)
+    x, weight, bias = layer.tensors(batch, dtype)
     chosen, calls = contenders(layer, x, weight, bias)
     y = calls[CVFAST]()
     truth = conv(x.double(), weight.double(), bias.double(), **layer.geometry, activation=RELU)
@@ -161,7 +172,7 @@ def measure(
         "models": models,
         "threads": threads,
         "batch": batch,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "algorithm": chosen,
         "peak_flops": peak,
         "verified": verdict.ok,
@@ -177,12 +188,13 @@ def measure(
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean and minimum of the speedups, per thread count, batch and algorithm."""
-    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    """Geometric mean and minimum of the speedups, per threads, batch, dtype and algorithm."""
+    groups: dict[tuple[int, int, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["threads"], row["batch"], row["algorithm"]), []).append(row)
+        key = (row["threads"], row["batch"], row["dtype"], row["algorithm"])
+        groups.setdefault(key, []).append(row)
     summary = []
-    for (threads, batch, algorithm), group in groups.items():
+    for (threads, batch, dtype, algorithm), group in groups.items():
         speedup = {}
         for name in ("onednn", "eager_nhwc"):
             ratios = [row["speedup"][name] for row in group]
@@ -192,7 +204,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "threads": threads,
                 "batch": batch,
-                "dtype": "float32",
+                "dtype": dtype,
                 "algorithm": algorithm,
                 "layers": len(group),
                 "speedup": speedup,
@@ -216,6 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--filter", default="", help="only layers or networks that contain this")
     parser.add_argument("--min-time", type=float, default=0.2, help="seconds per contender")
     parser.add_argument("--json", type=Path, help="write results and environment here")
@@ -223,13 +236,14 @@ def main() -> int:
     status = extension.load("cpu")
     if not status:
         sys.exit(str(status))
+    dtype = getattr(torch, args.dtype)
 
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     where = {"isa": extension.cpu_isa(), "environment": environment.capture()}
     with torch.inference_mode():
         for threads in args.threads:
             torch.set_num_threads(threads)
-            peak = peak_flops()
+            peak = peak_flops(dtype)
             for batch in args.batch:
                 for layer, models in distinct().items():
                     if not any(args.filter in name for name in (layer.name, *models)):
@@ -239,12 +253,14 @@ def main() -> int:
                         models,
                         threads=threads,
                         batch=batch,
+                        dtype=dtype,
                         peak=peak,
                         min_time=args.min_time,
                     )
                     print(format_row(row), flush=True)
-                    key = (row["layer"], threads, batch)
-                    rows = [r for r in rows if (r["layer"], r["threads"], r["batch"]) != key]
+                    key = (row["layer"], threads, batch, args.dtype)
+                    same = ("layer", "threads", "batch", "dtype")
+                    rows = [r for r in rows if tuple(r[name] for name in same) != key]
                     rows.append(row)
                     if args.json:
                         args.json.parent.mkdir(parents=True, exist_ok=True)

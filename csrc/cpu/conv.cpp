@@ -7,6 +7,7 @@
 #include "cpu/winograd.h"
 
 #define CVFAST_KERNEL_SOURCE "cpu/conv_kernel.h"
+#define CVFAST_KERNEL_BF16_DOT
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
@@ -24,16 +25,19 @@ constexpr double kBytesPerNanosecond = 60;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class T>
 int useful_threads(const ConvShape& s, int threads) {
     const double outputs =
         double(s.batch) * double(s.out_height * s.out_width) * double(s.out_channels);
-    const double products = outputs * double(s.kernel_h * s.kernel_w) * double(s.in_channels);
+    const double products =
+        outputs * double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     const double worth = products / kMultiplyAddsPerNanosecond / kNanosecondsPerThread;
     return worth >= threads ? threads : std::max(1, static_cast<int>(worth));
 }
 
+template <class T>
 int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns) {
-    return packed_rows(s, rows, columns).floats() * int64_t{sizeof(float)};
+    return packed_rows<T>(s, rows, columns).words() * int64_t{sizeof(float)};
 }
 
 // A kernel of one row as one of one column, and the images with it: taps beyond the image are left
@@ -52,17 +56,18 @@ ConvShape upright(ConvShape s) {
     return s;
 }
 
+template <class T>
 ConvPlan direct_plan(const ConvShape& s, int threads) {
     ConvPlan plan{};
     plan.threads = threads;
     plan.images = 1;
     plan.columns = s.out_width;
-    while (plan.columns > kMinColumns && packed_bytes(s, 1, plan.columns) > kPackedBytes) {
+    while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns) > kPackedBytes) {
         plan.columns = ceil_div(plan.columns, 2);
     }
     const int64_t column_blocks = ceil_div(s.out_width, plan.columns);
-    const int64_t one = packed_bytes(s, 1, plan.columns);
-    const int64_t all = packed_bytes(s, s.out_height, plan.columns);
+    const int64_t one = packed_bytes<T>(s, 1, plan.columns);
+    const int64_t all = packed_bytes<T>(s, s.out_height, plan.columns);
     int64_t least_blocks = 1, most_images = 1;
     if (all > kPackedBytes) {
         const int64_t more = s.out_height == 1 ? 1 : (all - one) / (s.out_height - 1);
@@ -74,7 +79,7 @@ ConvPlan direct_plan(const ConvShape& s, int threads) {
 
     // Of the ways to share out pixels and channels, the one whose slowest thread has least to do.
     const int64_t panels = ceil_div(s.out_channels, kConvPanel);
-    const double taps = double(s.kernel_h * s.kernel_w) * double(s.in_channels);
+    const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     double least = std::numeric_limits<double>::infinity();
     for (int64_t channel_blocks = 1; channel_blocks <= std::min<int64_t>(threads, panels);
          ++channel_blocks) {
@@ -87,7 +92,7 @@ ConvPlan direct_plan(const ConvShape& s, int threads) {
         const double blocks = double(ceil_div(others * row_blocks, parts));
         const double pixels = double(images * rows * plan.columns);
         const double channels = double(ceil_div(panels, channel_blocks) * kConvPanel);
-        const double packed = double(images) * double(packed_bytes(s, rows, plan.columns));
+        const double packed = double(images) * double(packed_bytes<T>(s, rows, plan.columns));
         const double time =
             blocks * (pixels * channels * taps / kMultiplyAddsPerNanosecond +
                       (packed + channels * taps * sizeof(float)) / kBytesPerNanosecond);
@@ -100,7 +105,8 @@ ConvPlan direct_plan(const ConvShape& s, int threads) {
     }
     const int64_t rows = ceil_div(s.out_height, plan.row_blocks);
     plan.pixel_blocks = ceil_div(s.batch, plan.images) * plan.row_blocks * column_blocks;
-    plan.scratch_bytes = run_list_bytes(s) + plan.images * packed_bytes(s, rows, plan.columns);
+    plan.scratch_bytes =
+        run_list_bytes<T>(s) + plan.images * packed_bytes<T>(s, rows, plan.columns);
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
@@ -132,8 +138,8 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
 
 template <class T>
 ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads) {
-    threads = useful_threads(s, threads);
-    return s.algorithm == ConvAlgorithm::direct ? direct_plan(upright(s), threads)
+    threads = useful_threads<T>(s, threads);
+    return s.algorithm == ConvAlgorithm::direct ? direct_plan<T>(upright(s), threads)
                                                 : winograd_plan(s, threads);
 }
 

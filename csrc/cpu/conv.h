@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/activation.h"
 #include "common/types.h"
@@ -41,12 +42,23 @@ struct ConvShape {
 // a network. It then also takes an x whose pixels are adjacent and whose channels lie apart.
 inline bool has_few_channels(const ConvShape& s) { return s.in_channels < 16; }
 
+// Input channels that the direct algorithm multiplies at once, as one 32-bit word: bfloat16 come in
+// pairs, the even one in the low half.
+template <class T>
+inline constexpr int64_t kConvWord = std::is_same_v<T, BFloat16> ? 2 : 1;
+
+template <class T>
+constexpr int64_t conv_words(int64_t channels) {
+    return (channels + kConvWord<T> - 1) / kConvWord<T>;
+}
+
 // out = activation(bias + weight (*) [x, x2] + residual); T: float, BFloat16 or Half, sums are
 // float. x2 and residual may be null.
 //
-// Weights are panels [ceil(out_channels / 16)][taps * in_channels + 1][16] of float, zero beyond
-// the last channel; the last row of a panel is the bias. Taps are the kernel's, row by row, or the
-// 16 (F2) or 36 (F4) entries of the transformed kernel.
+// Weights are panels [ceil(out_channels / 16)][taps * words + 1][16] of 32-bit words, zero beyond
+// the last channel; the last row of a panel is the bias, as float. Direct: taps are the kernel's,
+// row by row, and words conv_words(in_channels), floats or pairs of BFloat16. Winograd: taps are
+// the 16 (F2) or 36 (F4) entries of the transformed kernel, and words floats, one per channel.
 template <class T>
 struct ConvOperands {
     const T* x;

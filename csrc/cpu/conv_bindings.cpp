@@ -5,21 +5,28 @@
 namespace cvfast {
 namespace {
 
-// Which algorithm weights of this shape were packed for: that tells from the number of their taps.
-std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& packed) {
+// Which algorithm weights of this shape were packed for: the number of their taps tells, and for
+// the direct one of bfloat16, whose words are pairs, the dtype.
+std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& x, const Tensor& packed) {
     using enum ConvAlgorithm;
     constexpr int64_t kPanel = kConvPanel;
-    if (!(packed.scalar_type() == ScalarType::Float && packed.is_cpu() && packed.is_contiguous() &&
-          packed.dim() == 3 && s.out_channels > 0 &&
+    if (!(packed.is_cpu() && packed.is_contiguous() && packed.dim() == 3 && s.out_channels > 0 &&
           packed.size(0) == (s.out_channels + kPanel - 1) / kPanel && packed.size(2) == kPanel)) {
         return std::nullopt;
     }
-    const auto taps = [&](int64_t count) { return packed.size(1) == count * s.in_channels + 1; };
-    if (taps(s.kernel_h * s.kernel_w)) return direct;
+    const bool pairs = x.scalar_type() == ScalarType::BFloat16;
+    const auto packed_as = [&](ScalarType words, int64_t rows) {
+        return packed.scalar_type() == words && packed.size(1) == rows + 1;
+    };
+    const int64_t taps = s.kernel_h * s.kernel_w;
+    if (pairs ? packed_as(ScalarType::Int, taps * conv_words<BFloat16>(s.in_channels))
+              : packed_as(ScalarType::Float, taps * s.in_channels)) {
+        return direct;
+    }
     const bool winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 &&
                           s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
-    if (winograd && taps(16)) return winograd_f2;
-    if (winograd && taps(36)) return winograd_f4;
+    if (winograd && packed_as(ScalarType::Float, 16 * s.in_channels)) return winograd_f2;
+    if (winograd && packed_as(ScalarType::Float, 36 * s.in_channels)) return winograd_f4;
     return std::nullopt;
 }
 
@@ -86,8 +93,10 @@ void run_conv(ConvShape s, const Tensor& x, const Tensor& packed,
                     {s.batch, s.out_channels, s.out_height, s.out_width});
         s.residual = strides_of(*residual);
     }
-    const auto algorithm = packed_for(s, packed);
-    STD_TORCH_CHECK(algorithm, "cvfast::conv_cpu: packed does not come from prepack() for a ",
+    const auto algorithm = packed_for(s, x, packed);
+    STD_TORCH_CHECK(algorithm,
+                    "cvfast::conv_cpu: packed does not come from prepack(..., dtype=x.dtype) "
+                    "for a ",
                     s.kernel_h, "x", s.kernel_w, " kernel from ", s.in_channels, " to ",
                     s.out_channels,
                     " channels; algorithms of Winograd's take stride and dilation 1");

@@ -1,9 +1,9 @@
 // Direct convolution, compiled once per instruction-set level by foreach_isa.h.
 //
-// The input rows that a block of outputs reads are brought into scratch memory once, as float, with
-// the padding's zeros and in the order that tiles read them; all output channels then read them
-// from there. An element is copied once per block, not once per tap. Taps whose row lies above or
-// below the image are left out.
+// The input rows that a block of outputs reads are brought into scratch memory once, as 32-bit
+// words (a float, or two channels of bfloat16), with the padding's zeros and in the order that
+// tiles read them; all output channels then read them from there. An element is copied once per
+// block, not once per tap. Taps whose row lies above or below the image are left out.
 
 #include "cpu/tile_product.h"
 
@@ -19,13 +19,14 @@ struct ConvBlock {
     int64_t panel_begin, panel_end;
 };
 
-// Scratch memory of a block, in floats: its input rows, in one of three orders.
+// Scratch memory of a block, in words: its input rows, in one of three orders.
 //
-// blocked   [row][channel block][phase][position][16]; column u of the padded block is position
-//           u / stride of phase u % stride, so that neighbouring outputs read neighbouring
-//           positions at any stride
+// blocked   [row][channel block][phase][position][word of 16 channels]; column u of the padded
+//           block is position u / stride of phase u % stride, so that neighbouring outputs read
+//           neighbouring positions at any stride
 // pixels    [row][column][channel], few channels: a kernel row's products lie in a run
-// planes    [row][channel][column], few channels of a source whose columns are adjacent
+// planes    [row][word][column], few channels of a source whose columns are adjacent; BFloat16 in
+//           any layout: a run of pixels with an odd number of channels would end in half a word
 enum class RowOrder { blocked, pixels, planes };
 
 struct PackedRows {
@@ -36,44 +37,57 @@ struct PackedRows {
     int64_t block;      // blocked: from channel block to channel block
     int64_t row;
     int64_t rows;  // per image
-    int64_t floats() const { return row * rows; }
+    int64_t words() const { return row * rows; }
 };
 
-inline PackedRows packed_rows(const ConvShape& s, int64_t rows, int64_t columns) {
+template <class T>
+inline constexpr int64_t kBlockWords = kBlock / kConvWord<T>;
+
+template <class T>
+RowOrder row_order(const ConvShape& s) {
+    if (!has_few_channels(s)) return RowOrder::blocked;
+    return s.x_channel == 1 && kConvWord<T> == 1 ? RowOrder::pixels : RowOrder::planes;
+}
+
+template <class T>
+PackedRows packed_rows(const ConvShape& s, int64_t rows, int64_t columns) {
     PackedRows p{};
+    p.order = row_order<T>(s);
     p.columns = (columns - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
     p.rows = (rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
-    if (!has_few_channels(s)) {
-        p.order = RowOrder::blocked;
+    if (p.order == RowOrder::blocked) {
         // An odd number: channel blocks a multiple of 4096 bytes apart would share an L1 set.
         p.positions = (p.columns + s.stride_w - 1) / s.stride_w | 1;
-        p.pixel = 16;
-        p.block = s.stride_w * p.positions * 16;
-        p.row = (s.in_channels + 15) / 16 * p.block;
+        p.pixel = kBlockWords<T>;
+        p.block = s.stride_w * p.positions * kBlockWords<T>;
+        p.row = (s.in_channels + kBlock - 1) / kBlock * p.block;
     } else {
-        p.order = s.x_channel == 1 ? RowOrder::pixels : RowOrder::planes;
         p.pixel = p.order == RowOrder::pixels ? s.stride_w * s.in_channels : s.stride_w;
-        p.row = s.in_channels * p.columns;
+        p.row = conv_words<T>(s.in_channels) * p.columns;
     }
     return p;
 }
 
 // Runs of the products of one output, per kernel row. Taps that are neighbours share a run.
-inline int64_t runs_per_kernel_row(const ConvShape& s) {
-    if (!has_few_channels(s)) return s.kernel_w * ((s.in_channels + 15) / 16);
-    return (s.x_channel == 1 ? 1 : s.in_channels) * (s.dilation_w == 1 ? 1 : s.kernel_w);
+template <class T>
+int64_t runs_per_kernel_row(const ConvShape& s) {
+    const RowOrder order = row_order<T>(s);
+    if (order == RowOrder::blocked) return s.kernel_w * ((s.in_channels + kBlock - 1) / kBlock);
+    const int64_t lines = order == RowOrder::planes ? conv_words<T>(s.in_channels) : 1;
+    return lines * (s.dilation_w == 1 ? 1 : s.kernel_w);
 }
 
-inline int64_t run_list_bytes(const ConvShape& s) {
-    const int64_t bytes = s.kernel_h * runs_per_kernel_row(s) * int64_t{sizeof(TileRun)};
+template <class T>
+int64_t run_list_bytes(const ConvShape& s) {
+    const int64_t bytes = s.kernel_h * runs_per_kernel_row<T>(s) * int64_t{sizeof(TileRun)};
     return (bytes + 63) / 64 * 64;
 }
 #endif
 
 namespace CVFAST_ISA_NAMESPACE {
 
-inline void fill_zero(float* p, int64_t count) {
-    std::memset(p, 0, static_cast<size_t>(count) * sizeof(float));
+inline void fill_zero(float* words, int64_t count) {
+    std::memset(words, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
 // Copies neighbouring elements, as float.
@@ -87,14 +101,30 @@ CVFAST_INLINE void copy(const T* x, int64_t count, float* to) {
     }
 }
 
+// Copies a pixel's channel block.
+template <class T>
+CVFAST_INLINE void pack_block(const T* x, float* to) {
+    if constexpr (kConvWord<T> == 2) {
+        std::memcpy(to, x, kBlock * sizeof(T));
+    } else {
+        CVFAST_UNROLL for (int v = 0; v < kBlock; v += kLanes) store(to + v, load(x + v));
+    }
+}
+
 // Copies a pixel's last `n` channels, fewer than a block, and zeros behind them.
 template <class T>
 CVFAST_INLINE void pack_partial(const T* x, int n, float* to) {
-    CVFAST_UNROLL for (int v = 0; v < kBlock; v += kLanes) {
-        if (n - v >= kLanes) {
-            store(to + v, load(x + v));
-        } else {
-            store(to + v, n > v ? load_n(x + v, n - v) : set1(0.f));
+    if constexpr (kConvWord<T> == 2) {
+        T block[kBlock] = {};
+        std::memcpy(block, x, static_cast<unsigned>(n) * sizeof(T));
+        pack_block(block, to);
+    } else {
+        CVFAST_UNROLL for (int v = 0; v < kBlock; v += kLanes) {
+            if (n - v >= kLanes) {
+                store(to + v, load(x + v));
+            } else {
+                store(to + v, n > v ? load_n(x + v, n - v) : set1(0.f));
+            }
         }
     }
 }
@@ -106,7 +136,7 @@ void pack_blocked(const ConvShape& s, const PackedRows& p, const T* x, int64_t x
                   int64_t channels, int64_t left, float* row) {
     row += c / kBlock * p.block;
     const int64_t blocks = (channels + kBlock - 1) / kBlock;
-    for (int64_t phase = 0; phase < s.stride_w; ++phase, row += p.positions * kBlock) {
+    for (int64_t phase = 0; phase < s.stride_w; ++phase, row += p.positions * p.pixel) {
         // Positions [begin, end) lie in the image.
         const int64_t first = left + phase;
         const int64_t begin =
@@ -114,26 +144,51 @@ void pack_blocked(const ConvShape& s, const PackedRows& p, const T* x, int64_t x
         const int64_t end =
             std::clamp((s.width - first + s.stride_w - 1) / s.stride_w, begin, p.positions);
         for (int64_t block = 0; block < blocks; ++block) {
-            fill_zero(row + block * p.block, begin * kBlock);
-            fill_zero(row + block * p.block + end * kBlock, (p.positions - end) * kBlock);
+            fill_zero(row + block * p.block, begin * p.pixel);
+            fill_zero(row + block * p.block + end * p.pixel, (p.positions - end) * p.pixel);
         }
         // Block by block: written in the order of memory, which matters more than reading so.
         for (int64_t block = 0; block < blocks; ++block) {
             const T* from = x + (phase + begin * s.stride_w) * x_pixel + block * kBlock;
-            float* to = row + block * p.block + begin * kBlock;
+            float* to = row + block * p.block + begin * p.pixel;
             const int64_t step = s.stride_w * x_pixel, n = channels - block * kBlock;
             if (n >= kBlock) {
-                for (int64_t q = begin; q < end; ++q, from += step, to += kBlock) {
-                    CVFAST_UNROLL for (int v = 0; v < kBlock; v += kLanes) {
-                        store(to + v, load(from + v));
-                    }
+                for (int64_t q = begin; q < end; ++q, from += step, to += kBlockWords<T>) {
+                    pack_block(from, to);
                 }
             } else {
-                for (int64_t q = begin; q < end; ++q, from += step, to += kBlock) {
+                for (int64_t q = begin; q < end; ++q, from += step, to += kBlockWords<T>) {
                     pack_partial(from, static_cast<int>(n), to);
                 }
             }
         }
+    }
+}
+
+// Pairs of channels as planes. `high` may be null: zeros.
+CVFAST_INLINE void pack_pairs(const BFloat16* low, const BFloat16* high, int64_t pixel,
+                              int64_t count, float* to) {
+    for (int64_t q = 0; q < count; ++q) {
+        const uint32_t odd = high ? high[q * pixel].bits : 0;
+        const uint32_t word = low[q * pixel].bits | odd << 16;
+        std::memcpy(to + q, &word, sizeof word);
+    }
+}
+
+inline void pack_few_channels(const ConvShape& s, const PackedRows& p, const BFloat16* x,
+                              int64_t left, float* row) {
+    const int64_t begin = std::clamp(-left, int64_t{0}, p.columns);
+    const int64_t end = std::clamp(s.width - left, begin, p.columns);
+    x += begin * s.x.pixel;
+    for (int64_t c = 0; c < s.in_channels; c += 2, x += 2 * s.x_channel, row += p.columns) {
+        const BFloat16* high = c + 1 < s.in_channels ? x + s.x_channel : nullptr;
+        fill_zero(row, begin);
+        if (s.x.pixel == 1) {  // a constant: the compiler uses vectors
+            pack_pairs(x, high, 1, end - begin, row + begin);
+        } else {
+            pack_pairs(x, high, s.x.pixel, end - begin, row + begin);
+        }
+        fill_zero(row + end, p.columns - end);
     }
 }
 
@@ -182,28 +237,30 @@ void pack_image(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b
 }
 
 // Lists the runs, kernel row by kernel row.
-inline void list_runs(const ConvShape& s, const PackedRows& p, TileRun* run) {
-    const int64_t channels = s.in_channels;
+template <class T>
+void list_runs(const ConvShape& s, const PackedRows& p, TileRun* run) {
+    const int64_t words = conv_words<T>(s.in_channels);
     for (int64_t r = 0; r < s.kernel_h; ++r) {
         const int64_t a = r * s.dilation_h * p.row;
-        const int64_t b = r * s.kernel_w * channels * kConvPanel;
+        const int64_t b = r * s.kernel_w * words * kConvPanel;
         if (p.order != RowOrder::blocked) {
             const bool planes = p.order == RowOrder::planes;
-            const int64_t lines = planes ? channels : 1, each = planes ? 1 : channels;
+            const int64_t lines = planes ? words : 1, each = planes ? 1 : words;
             const int64_t taps = s.dilation_w == 1 ? s.kernel_w : 1;  // of a run
             for (int64_t line = 0; line < lines; ++line) {
                 for (int64_t k = 0; k < s.kernel_w; k += taps) {
                     *run++ = {a + line * p.columns + k * s.dilation_w * each,
-                              b + (k * channels + line) * kConvPanel, taps * each};
+                              b + (k * words + line) * kConvPanel, taps * each};
                 }
             }
         } else {
             for (int64_t k = 0; k < s.kernel_w; ++k) {
                 const int64_t u = k * s.dilation_w;
-                const int64_t at = (u % s.stride_w * p.positions + u / s.stride_w) * kBlock;
-                for (int64_t c = 0; c < channels; c += kBlock) {
-                    *run++ = {a + at + c / kBlock * p.block, b + (k * channels + c) * kConvPanel,
-                              std::min<int64_t>(kBlock, channels - c)};
+                const int64_t at = (u % s.stride_w * p.positions + u / s.stride_w) * p.pixel;
+                for (int64_t w = 0; w < words; w += kBlockWords<T>) {
+                    *run++ = {a + at + w / kBlockWords<T> * p.block,
+                              b + (k * words + w) * kConvPanel,
+                              std::min(kBlockWords<T>, words - w)};
                 }
             }
         }
@@ -228,19 +285,20 @@ inline KernelRows kernel_rows(const ConvShape& s, int64_t row) {
 template <class T>
 void conv_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b, void* scratch) {
     const int64_t columns = b.column_end - b.column_begin;
-    const PackedRows p = packed_rows(s, b.row_end - b.row_begin, columns);
+    const PackedRows p = packed_rows<T>(s, b.row_end - b.row_begin, columns);
     auto* runs = static_cast<TileRun*>(scratch);
-    float* packed = reinterpret_cast<float*>(static_cast<char*>(scratch) + run_list_bytes(s));
-    list_runs(s, p, runs);
+    float* packed = reinterpret_cast<float*>(static_cast<char*>(scratch) + run_list_bytes<T>(s));
+    list_runs<T>(s, p, runs);
     for (int64_t image = b.image_begin; image < b.image_end; ++image) {
-        pack_image(s, o, b, p, image, packed + (image - b.image_begin) * p.floats());
+        pack_image(s, o, b, p, image, packed + (image - b.image_begin) * p.words());
     }
 
-    const int64_t rows_of_panel = s.kernel_h * s.kernel_w * s.in_channels;  // before the bias
+    const int64_t words = conv_words<T>(s.in_channels);
+    const int64_t rows_of_panel = s.kernel_h * s.kernel_w * words;  // before the bias
     TileProduct t{};
     t.pixel = p.pixel;
     t.panel = (rows_of_panel + 1) * kConvPanel;
-    t.b_row = (p.order == RowOrder::planes ? s.in_channels : 1) * kConvPanel;
+    t.b_row = (p.order == RowOrder::planes ? words : 1) * kConvPanel;
     TileResult<T> result{};
     result.residual_pixel = s.residual.pixel;
     result.out_pixel = s.out.pixel;
@@ -257,8 +315,8 @@ void conv_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b
         for (int64_t image = b.image_begin; image < b.image_end; ++image) {
             for (int64_t row = b.row_begin; row < b.row_end; ++row) {
                 const KernelRows kernel = kernel_rows(s, row);
-                t.runs = runs + kernel.begin * runs_per_kernel_row(s);
-                t.run_count = (kernel.end - kernel.begin) * runs_per_kernel_row(s);
+                t.runs = runs + kernel.begin * runs_per_kernel_row<T>(s);
+                t.run_count = (kernel.end - kernel.begin) * runs_per_kernel_row<T>(s);
                 const bool pair = pairs && row + 1 < b.row_end && kernel_rows(s, row + 1) == kernel;
                 for (int64_t tile = 0; tile < tiles; ++tile) {
                     // Tiles of almost equal width: a rest of one pixel would run at a low rate.
@@ -267,7 +325,7 @@ void conv_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b
                     const int64_t column = b.column_begin + begin;
                     for (int g = 0; g <= pair; ++g) {
                         const int64_t y = row + g;
-                        t.a[g] = packed + (image - b.image_begin) * p.floats() +
+                        t.a[g] = packed + (image - b.image_begin) * p.words() +
                                  (y - b.row_begin) * s.stride_h * p.row + begin * p.pixel;
                         result.out[g] = o.out + image * s.out.image + y * s.out.row +
                                         column * s.out.pixel + channel;

@@ -9,7 +9,7 @@ namespace cvfast {
 
 #ifndef CVFAST_TILE_PRODUCT
 #define CVFAST_TILE_PRODUCT
-// Words (of 32 bits) that a pixel has in a channel block: a cache line.
+// Channels that stand side by side in scratch memory, of one pixel; as float, a cache line.
 inline constexpr int kBlock = 16;
 
 // Neighbouring words of a pixel and the rows of weights that they are multiplied by: where they
@@ -53,11 +53,16 @@ inline constexpr int kTilePanels = kPanelVectors == 1 ? 2 : 1;
 inline constexpr int kTileVectors = kTilePanels * kPanelVectors;
 inline constexpr int kTilePixels = (kVectors - kTileVectors - 1) / kTileVectors;
 
-template <int V>
+// T: BFloat16, whose words are pairs, or another type, whose words are floats.
+template <class T, int V>
 CVFAST_INLINE void accumulate(Vec (&sums)[V], Vec x, const Vec (&weights)[V]) {
     if constexpr (V > 1) opaque(x);
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-        sums[v] = fma(x, weights[v], sums[v]);
+        if constexpr (std::is_same_v<T, BFloat16>) {
+            sums[v] = dot_pairs(x, weights[v], sums[v]);
+        } else {
+            sums[v] = fma(x, weights[v], sums[v]);
+        }
         opaque(sums[v]);  // pins the sum to its register
     }
 }
@@ -135,7 +140,7 @@ void tile_product(const TileProduct& t, const TileResult<T>& result) {
             CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
                 const int p = r % kPixels;
                 const char* word = a[r / kPixels * kPointers + p / 5] + p % 5 * pixel;
-                accumulate(sums[r], broadcast_word(word), weights);
+                accumulate<T>(sums[r], broadcast_word(word), weights);
             }
             CVFAST_UNROLL for (int i = 0; i < kGroups * kPointers; ++i) {
                 a[i] += kWord;

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvfast import backends
+from cvfast import backends, extension
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.conv import FEW_CHANNELS, Problem
@@ -309,12 +309,12 @@ def conv_cpu(
     if algorithm == "auto":
         shape = (x.shape[0], weight.shape[1], *x.shape[2:])
         algorithm = choose_algorithm(
-            shape, weight.shape, stride=stride, padding=padding, dilation=dilation
+            shape, weight.shape, stride=stride, padding=padding, dilation=dilation, dtype=x.dtype
         )
         if not weight.isfinite().all():
             algorithm = "direct"
     _check_algorithm(algorithm, weight.shape[2:], stride, dilation)
-    packed = prepack(weight, bias, algorithm=algorithm)
+    packed = prepack(weight, bias, algorithm=algorithm, dtype=x.dtype)
     operands = (x, packed, residual, x2, weight.shape[2:])
     geometry = (stride, padding, dilation, activation)
     ops = torch.ops.cvfast
@@ -348,27 +348,40 @@ def winograd_serves(
     return tuple(kernel_size) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1)
 
 
-def prepack(weight: Tensor, bias: Tensor | None = None, *, algorithm: str = "direct") -> Tensor:
+def prepack(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    algorithm: str = "direct",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Weights in the layout that ``cvfast::conv_cpu`` reads; carries no gradient.
 
     Args:
         weight: [K, C, R, S], any floating dtype.
         bias: [K] or None, which counts as zeros.
         algorithm: one of ``ALGORITHMS``. Those of Winograd transform the kernels, in float64.
+        dtype: of the images. For bfloat16 ones the direct algorithm's weights are rounded to
+            bfloat16; others, and those of Winograd, are kept in float32.
 
     Returns:
         float32 [ceil(K / 16), T*C + 1, 16]: panels of 16 output channels, rows by tap and input
-        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2) or 36 (F4).
+        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2) or 36 (F4). Direct
+        for bfloat16: int32 [ceil(K / 16), T*ceil(C / 2) + 1, 16], each word two channels' weights,
+        the bias as float32.
 
     Raises:
-        ValueError: for an unknown algorithm, a shape that it does not take, or weights that are not
-            finite under an algorithm of Winograd's, whose transform would spread them.
+        ValueError: for an unknown algorithm, a shape that it does not take, weights that are not
+            finite under an algorithm of Winograd's, whose transform would spread them, or a dtype
+            that the kernels do not take.
     """
     if weight.dim() != 4:
         raise ValueError(
             f"conv.prepack: weight has shape {tuple(weight.shape)}, expected [K, C, R, S]"
         )
     _check_algorithm(algorithm, weight.shape[2:], (1, 1), (1, 1))
+    if dtype not in CPU_DTYPES:
+        raise ValueError(f"conv.prepack: the kernels do not take images of {dtype}")
     weight = weight.detach()
     if algorithm == "direct":
         taps = weight.to(torch.float32)
@@ -382,11 +395,14 @@ def prepack(weight: Tensor, bias: Tensor | None = None, *, algorithm: str = "dir
         g = torch.tensor(rows, dtype=torch.float64, device=weight.device)
         taps = (g @ weight.double() @ g.T).to(torch.float32)
     k = weight.shape[0]
-    matrix = taps.permute(0, 2, 3, 1).reshape(k, -1)
-    if bias is None:
-        matrix = F.pad(matrix, (0, 1))
-    else:
-        matrix = torch.cat([matrix, bias.detach().to(torch.float32).unsqueeze(1)], dim=1)
+    words = taps.permute(0, 2, 3, 1)
+    last = taps.new_zeros(k) if bias is None else bias.detach().to(torch.float32)
+    if algorithm == "direct" and dtype == torch.bfloat16:
+        pairs = F.pad(words.to(torch.bfloat16), (0, words.shape[3] % 2)).reshape(k, -1)
+        # A copy, for the strides of an axis of size 1 mean nothing and may be odd.
+        words = pairs.clone(memory_format=torch.contiguous_format).view(torch.int32)
+        last = last.contiguous().view(torch.int32)
+    matrix = torch.cat([words.reshape(k, -1), last.unsqueeze(1)], dim=1)
     matrix = F.pad(matrix, (0, 0, 0, -k % _PANEL))
     return matrix.reshape(-1, _PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
 
@@ -397,6 +413,13 @@ _TRANSFORM_COST = 6.0
 _WEIGHT_COST = 7.0
 
 
+def _multiply_cost(dtype: torch.dtype) -> float:
+    """Of the direct algorithm's multiply-adds, in float32's."""
+    if dtype != torch.bfloat16:
+        return 1.0
+    return 0.5 if extension.cpu_isa() == "avx512_bf16" else 1.0
+
+
 def choose_algorithm(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
@@ -405,12 +428,14 @@ def choose_algorithm(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     allow_f4: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """The fastest of ``ALGORITHMS``: the one of the least estimated time.
 
     Counted are the multiply-adds of the products, and the elements that the transforms read and
     write; a tile that reaches beyond the image costs as much as one within. ``winograd_f4``, whose
-    error is larger, is considered only where allowed.
+    error is larger, is considered only where allowed. ``dtype`` is the images': the direct
+    algorithm multiplies bfloat16 at twice the rate where the processor has its dot product.
     """
     few_channels = weight_shape[1] < _PANEL  # a block of transformed channels would be half empty
     if few_channels or not winograd_serves(weight_shape[2:], stride, dilation):
@@ -418,7 +443,7 @@ def choose_algorithm(
     n, c = x_shape[:2]
     k = weight_shape[0]
     _, _, p, q = _output_shape(x_shape, k, (3, 3), stride, padding, dilation)
-    costs = {"direct": float(n * p * q * 9 * c * k)}
+    costs = {"direct": n * p * q * 9 * c * k * _multiply_cost(dtype)}
     for algorithm, out in (("winograd_f2", 2), ("winograd_f4", 4)):
         if algorithm == "winograd_f4" and not allow_f4:
             continue

@@ -592,8 +592,7 @@ def _own_kernel(site: Site, options: Options) -> _Kernel | None:
     if site.is_pointwise:
         return _Kernel("pointwise", ("cpu",), POINTWISE_DTYPES, _pointwise_call)
     dense = site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
-    # In bfloat16 oneDNN multiplies at twice the rate.
-    if dense and (options.backend != "auto" or site.dtype == torch.float32):
+    if dense:
         return _Kernel("convolution", ("cpu",), CONV_DTYPES, partial(_conv_call, options.winograd))
     return None
 
@@ -605,6 +604,7 @@ def _conv_algorithm(site: Site, winograd: str) -> str:
     return choose_algorithm(
         shape_hint(site.source), shape_hint(site.weight), stride=geometry.stride,
         padding=geometry.padding, dilation=geometry.dilation, allow_f4=winograd == "F4",
+        dtype=site.dtype,
     )  # fmt: skip
 
 
@@ -701,7 +701,8 @@ def _conv_call(winograd: str, site: Site, backend: str) -> _Call:
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         # A transform would spread a NaN among the weights over its kernel.
         finite = algorithm == "direct" or bool(weight.isfinite().all())
-        return (prepack_conv(weight, bias, algorithm=algorithm if finite else "direct"),)
+        chosen = algorithm if finite else "direct"
+        return (prepack_conv(weight, bias, algorithm=chosen, dtype=site.dtype),)
 
     def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
         x2 = None

@@ -1,5 +1,7 @@
 #include "cpu/conv.h"
 
+#include <bit>
+
 #include "check.h"
 
 namespace cvfast::check {
@@ -31,7 +33,13 @@ struct Weights {
     }
 };
 
+template <class T>
+bool multiplies_pairs(const ConvShape& s) {
+    return std::is_same_v<T, BFloat16> && s.algorithm == ConvAlgorithm::direct;
+}
+
 // The layout that conv.h describes.
+template <class T>
 std::vector<float> pack(const Weights& w) {
     const ConvShape& s = w.s;
     Matrix g;
@@ -51,14 +59,23 @@ std::vector<float> pack(const Weights& w) {
         }
         return sum;
     };
+    const int64_t words = multiplies_pairs<T>(s) ? (s.in_channels + 1) / 2 : s.in_channels;
+    const auto word = [&](int64_t o, int64_t tap, int64_t i) {
+        if (!multiplies_pairs<T>(s)) return float(entry(o, tap, i));
+        const auto bits = [&](int64_t c) {
+            const float weight = c < s.in_channels ? float(entry(o, tap, c)) : 0.f;
+            return uint32_t{from_float<BFloat16>(weight).bits};
+        };
+        return std::bit_cast<float>(bits(2 * i) | bits(2 * i + 1) << 16);
+    };
     std::vector<float> packed;
     for (int64_t o = 0; o < s.out_channels; o += kConvPanel) {
-        for (int64_t row = 0; row <= taps * s.in_channels; ++row) {
+        for (int64_t row = 0; row <= taps * words; ++row) {
             for (int64_t lane = o; lane < o + kConvPanel; ++lane) {
-                const int64_t tap = row / s.in_channels, c = row % s.in_channels;
+                const int64_t tap = row / words;
                 packed.push_back(lane >= s.out_channels ? 0.f
                                  : tap == taps          ? w.bias[lane]
-                                                        : float(entry(lane, tap, c)));
+                                                        : word(lane, tap, row % words));
             }
         }
     }
@@ -110,9 +127,10 @@ void check(Test& test) {
     Weights w{s, {}, {}};
     for (int64_t i = 0; i < s.out_channels; ++i) w.bias.push_back(element<float>(random, false));
     for (int64_t i = 0; i < s.out_channels * s.kernel_h * s.kernel_w * s.in_channels; ++i) {
-        w.values.push_back(element<float>(random, false));
+        const float value = element<float>(random, false);
+        w.values.push_back(multiplies_pairs<T>(s) ? to_float(from_float<T>(value)) : value);
     }
-    const std::vector<float> panels = pack(w);
+    const std::vector<float> panels = pack<T>(w);
     Array<float> packed(static_cast<int64_t>(panels.size()), random);
     std::copy(panels.begin(), panels.end(), packed.data());
 

@@ -139,6 +139,19 @@ def test_steps_without_a_kernel_run_between_plans() -> None:
         assert got.stride() == expected.stride()
 
 
+def test_a_bfloat16_network_is_one_plan() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1, stride=2), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 40, 3, padding=1), nn.ReLU6(), nn.Conv2d(40, 16, (1, 5), padding=(0, 2)),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 21, 30)
+    fast = cvfast.optimize(model, x, dtype=torch.bfloat16)
+    execution = fast.report.execution
+    assert execution is not None
+    assert (execution.plans, execution.torch_calls) == (1, 0)
+    torch.testing.assert_close(fast(x), model(x), rtol=0.02, atol=0.02)
+
+
 def test_plans_follow_the_size_and_the_number_of_threads() -> None:
     model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 1)).eval()
     fast = cvfast.optimize(model, torch.randn(1, 16, 12, 12))
