@@ -129,7 +129,8 @@ def memory_growth(
     """Bytes that inference of cvfast or a peer needs beyond the prepared network and its input.
 
     For a process of its own, with `cvfast.perf.memory.ENVIRONMENT`. cvfast is prepared on one image
-    of half the size, since a plan for the size itself would bring its memory along.
+    more, since a plan for the batch itself would bring its memory along; on images of the same
+    size, since another may ask for other padding, a new capture and weights packed anew.
     """
     torch.set_num_threads(threads)
     model = specs.load(spec)
@@ -139,10 +140,9 @@ def memory_growth(
         run = peers.prepare(contender, model, x, threads=threads, dtype=dtype)
         del model
         return memory.peak_growth(run)
-    channels, height, width = shape
-    small = specs.example((channels, height // 2, width // 2), 1)
-    optimized = cvfast.optimize(model, (small,), dtype=None if dtype is x.dtype else dtype)
-    del model
+    more = specs.example(shape, batch + 1)
+    optimized = cvfast.optimize(model, (more,), dtype=None if dtype is x.dtype else dtype)
+    del model, more
     with torch.no_grad():
         return memory.peak_growth(lambda: optimized(x))
 
