@@ -82,20 +82,6 @@ inline float ceiling_of(Activation activation) {
     return activation == Activation::relu6 ? 6.f : std::numeric_limits<float>::quiet_NaN();
 }
 
-// Whether all channels of a pixel can be accessed `bytes` at a time.
-template <class T>
-bool whole(const View<T>& view, int64_t channels, int64_t bytes) {
-    const int64_t n = bytes / static_cast<int64_t>(sizeof(T));
-    return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.image % n == 0 &&
-           view.row % n == 0 && view.pixel % n == 0 && channels % n == 0;
-}
-
-template <class T>
-View<T> make_view(T* data, int64_t image, int64_t row, int64_t pixel, int64_t height,
-                  int64_t width) {
-    return {data, image, row, pixel, static_cast<int>(height), static_cast<int>(width)};
-}
-
 // Where a plane's rectangles lie along one axis.
 struct PlaneAxis {
     int64_t size, first, step;

@@ -25,7 +25,6 @@ from cvfast.perf import devices
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 
 KERNEL_BACKENDS = ("cpu", "triton", "cuda")
-_OUT_BACKENDS = ("cpu", "triton")  # whose operators write into a given tensor too
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PANEL = 16  # kDepthwisePanel of csrc/common/depthwise.h
 
@@ -50,10 +49,10 @@ _library.define(
 )
 for _backend in KERNEL_BACKENDS:
     _library.define(f"depthwise_{_backend}({_PACKED}) -> Tensor", tags=_TAGS)
-for _backend in _OUT_BACKENDS:
     _library.define(f"depthwise_{_backend}.out({_PACKED}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 # What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.depthwise.cuda.
 _library.define(f"depthwise_cuda_launch({_PACKED}, int[] launch) -> Tensor")
+_library.define(f"depthwise_cuda_launch.out({_PACKED}, int[] launch, *, Tensor(a!) out) -> ()")
 _library.define(f"depthwise_backward_input_cuda_launch({_GRAD_INPUT}, int[] launch) -> Tensor")
 _library.define(f"depthwise_backward_weight_cuda_launch({_GRAD_WEIGHT}, int[] launch) -> Tensor")
 _library.define(
@@ -412,22 +411,24 @@ def _gpu_forward(
         from cvfast.kernels import depthwise as kernels
 
         return kernels.forward(x, packed, call, launch, activation, out)
-    return torch.ops.cvfast.depthwise_cuda_launch(
-        x, packed, *geometry, activation, launch.as_ints()
-    )
+    arguments = (x, packed, *geometry, activation, launch.as_ints())
+    if out is None:
+        return torch.ops.cvfast.depthwise_cuda_launch(*arguments)
+    torch.ops.cvfast.depthwise_cuda_launch.out(*arguments, out=out)
+    return out
+
+
+def _gpu_out(*arguments: Any, out: Tensor) -> None:
+    _gpu_forward(*arguments, out=out)
 
 
 for _backend in ("triton", "cuda"):
-    _library.impl(
-        f"depthwise_{_backend}",
-        functools.partial(_gpu_forward, _backend),
-        "CompositeExplicitAutograd",
-    )
-
-
-@torch.library.impl(_library, "depthwise_triton.out", "CompositeExplicitAutograd")
-def _triton_out(*arguments: Any, out: Tensor) -> None:
-    _gpu_forward("triton", *arguments, out=out)
+    for _name, _run in (("", _gpu_forward), (".out", _gpu_out)):
+        _library.impl(
+            f"depthwise_{_backend}{_name}",
+            functools.partial(_run, _backend),
+            "CompositeExplicitAutograd",
+        )
 
 
 def _fake_output(
@@ -489,7 +490,7 @@ def _out_fake(*arguments: Any, out: Tensor) -> None:
     del arguments, out
 
 
-for _backend in _OUT_BACKENDS:
+for _backend in KERNEL_BACKENDS:
     torch.library.register_fake(f"cvfast::depthwise_{_backend}.out", _out_fake)
     _library.impl(
         f"depthwise_{_backend}.out",

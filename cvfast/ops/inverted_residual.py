@@ -11,21 +11,30 @@ projection behind the gate is a `pointwise`. Batch norm is folded before (`fold_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvfast import backends
+from cvfast import backends, extension
 from cvfast.backends import Reason
-from cvfast.ops import _flops, _gradient
+from cvfast.launch import table
+from cvfast.launch.inverted_residual import Problem
+from cvfast.ops import _example, _flops, _gradient
+from cvfast.ops._example import Example
 from cvfast.ops.activation import Activation
 from cvfast.ops.depthwise import prepack as prepack_depthwise
-from cvfast.ops.pointwise import ACTIVATIONS, KERNEL_DTYPES
+from cvfast.ops.pointwise import ACTIVATIONS, KERNEL_DTYPES, prepack_gpu
 from cvfast.ops.pointwise import prepack as prepack_pointwise
 from cvfast.ops.pointwise import reference as pointwise_reference
+from cvfast.perf import devices
+
+GPU_BACKENDS = ("triton", "cuda")
+GPU_ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 
 _TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
 _WEIGHTS = "Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias"
@@ -37,20 +46,44 @@ _PACKED_GEOMETRY = (
 _BLOCK = "Tensor x, Tensor? expand, Tensor depthwise, Tensor project, Tensor? residual, int hidden"
 _SQUEEZE = "Tensor x, Tensor? expand, Tensor depthwise, int hidden"
 
+_UNPACKED = "Tensor x, Tensor? expand, Tensor? expand_bias, Tensor depthwise"
+_GPU_BLOCK = f"{_UNPACKED}, Tensor project, Tensor project_bias, Tensor? residual, int hidden"
+_GPU_SQUEEZE = f"{_UNPACKED}, int hidden"
+_OUT = "*, Tensor(a!) out"
+_SQUEEZE_OUT = "*, Tensor(a!) out, Tensor(b!) row_means"
+
 _library = torch.library.Library("cvfast", "FRAGMENT")
-for _schema in (
+_schemas = [
     f"inverted_residual(Tensor x, {_WEIGHTS}, Tensor project, Tensor? project_bias, "
-    f"Tensor? residual, {_GEOMETRY}, str activation) -> Tensor",
-    f"inverted_residual_squeeze(Tensor x, {_WEIGHTS}, {_GEOMETRY}) -> (Tensor, Tensor)",
-    f"inverted_residual_cpu({_BLOCK}, int out_channels, {_PACKED_GEOMETRY}, str activation) "
-    "-> Tensor",
-    f"inverted_residual_cpu.out({_BLOCK}, {_PACKED_GEOMETRY}, str activation, "
-    "*, Tensor(a!) out) -> ()",
-    f"inverted_residual_squeeze_cpu({_SQUEEZE}, {_PACKED_GEOMETRY}) -> (Tensor, Tensor)",
-    f"inverted_residual_squeeze_cpu.out({_SQUEEZE}, {_PACKED_GEOMETRY}, "
-    "*, Tensor(a!) out, Tensor(b!) row_means) -> ()",
+    f'Tensor? residual, {_GEOMETRY}, str activation, str backend="auto") -> Tensor',
+    f"inverted_residual_squeeze(Tensor x, {_WEIGHTS}, {_GEOMETRY}, "
+    'str backend="auto") -> (Tensor, Tensor)',
+]
+for _backend, _block, _squeeze in (
+    ("cpu", _BLOCK, _SQUEEZE),
+    *((name, _GPU_BLOCK, _GPU_SQUEEZE) for name in GPU_BACKENDS),
 ):
+    _schemas += [
+        f"inverted_residual_{_backend}({_block}, int out_channels, {_PACKED_GEOMETRY}, "
+        "str activation) -> Tensor",
+        f"inverted_residual_{_backend}.out({_block}, {_PACKED_GEOMETRY}, str activation, "
+        f"{_OUT}) -> ()",
+        f"inverted_residual_squeeze_{_backend}({_squeeze}, {_PACKED_GEOMETRY}) -> (Tensor, Tensor)",
+        f"inverted_residual_squeeze_{_backend}.out({_squeeze}, {_PACKED_GEOMETRY}, "
+        f"{_SQUEEZE_OUT}) -> ()",
+    ]
+for _schema in _schemas:
     _library.define(_schema, tags=_TAGS)
+# What csrc/cuda/bindings.cpp implements; `launch` comes from cvfast.launch.inverted_residual.cuda.
+for _schema in (
+    f"inverted_residual_cuda_launch({_GPU_BLOCK}, {_PACKED_GEOMETRY}, str activation, "
+    f"int[] launch, {_OUT}) -> ()",
+    f"inverted_residual_squeeze_cuda_launch({_GPU_SQUEEZE}, {_PACKED_GEOMETRY}, int[] launch, "
+    f"{_SQUEEZE_OUT}) -> ()",
+    "inverted_residual_cuda_shared_bytes(int channels, int hidden, int out_channels, int[2] size, "
+    "int kernel, int stride, bool expands, int[] launch) -> int",
+):
+    _library.define(_schema)
 
 
 def inverted_residual(
@@ -73,9 +106,9 @@ def inverted_residual(
     """Expansion, depthwise convolution and projection in one pass.
 
     Args:
-        x: [N, C, H, W]. The `cpu` kernel takes float32, bfloat16 and float16 in channels-last
-            layout (adjacent channels; images, rows and pixels may lie apart, as in a channel
-            slice), where no gradient is asked for. Everything else runs on the reference.
+        x: [N, C, H, W]. The kernels take float32 (`cuda` does not), bfloat16 and float16 in
+            channels-last layout (adjacent channels; images, rows and pixels may lie apart, as in a
+            channel slice), where no gradient is asked for. Everything else runs on the reference.
         expand: [E, C, 1, 1], or None where E = C and the depthwise convolution reads x itself; its
             dtype, and that of everything below, is x's.
         expand_bias: [E] or None.
@@ -87,7 +120,7 @@ def inverted_residual(
         stride, padding: of the depthwise convolution; one number, or (vertical, horizontal).
         expand_activation, depthwise_activation, activation: "none", "relu", "relu6", "hardswish" or
             "hardsigmoid".
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         [N, O, H', W'] in the dtype of x: channels-last from the kernel, else as PyTorch lays it
@@ -102,9 +135,14 @@ def inverted_residual(
     activations = expand_activation, depthwise_activation, activation
     weights = expand, expand_bias, depthwise, depthwise_bias, project, project_bias
     _validate(x, *weights, residual, stride, padding, activations)
-    chosen = backends.select("inverted_residual", backend, x.device, x, residual, weights)
-    run = reference if chosen == "reference" else torch.ops.cvfast.inverted_residual
-    return run(x, *weights, residual, stride, padding, *activations)
+    call = _problem_of(x, *weights, residual, stride, padding)
+    chosen = backends.select(
+        "inverted_residual", backend, x.device, x, residual, weights, call, activations
+    )
+    arguments = (x, *weights, residual, stride, padding, *activations)
+    if chosen == "reference":
+        return reference(*arguments)
+    return torch.ops.cvfast.inverted_residual(*arguments, chosen)
 
 
 def inverted_residual_squeeze(
@@ -132,10 +170,14 @@ def inverted_residual_squeeze(
     activations = expand_activation, depthwise_activation
     weights = expand, expand_bias, depthwise, depthwise_bias
     _validate(x, *weights, None, None, None, stride, padding, activations)
-    chosen = backends.select("inverted_residual", backend, x.device, x, None, weights)
+    call = _problem_of(x, *weights, None, None, None, stride, padding)
+    chosen = backends.select(
+        "inverted_residual", backend, x.device, x, None, weights, call, activations
+    )
+    arguments = (x, *weights, stride, padding, *activations)
     if chosen == "reference":
-        return squeeze_reference(x, *weights, stride, padding, *activations)
-    return torch.ops.cvfast.inverted_residual_squeeze(x, *weights, stride, padding, *activations)
+        return squeeze_reference(*arguments)
+    return torch.ops.cvfast.inverted_residual_squeeze(*arguments, chosen)
 
 
 def reference(
@@ -180,12 +222,16 @@ def squeeze_reference(
     return y, y.mean(3, keepdim=True)
 
 
-@backends.register("inverted_residual", "cpu")
-def _cpu_check(
-    x: Tensor, residual: Tensor | None = None, weights: Sequence[Tensor | None] = ()
+def _check(
+    backend: str,
+    x: Tensor,
+    residual: Tensor | None = None,
+    weights: Sequence[Tensor | None] = (),
+    problem: Problem | None = None,
+    activations: Sequence[str] = (),
 ) -> Reason | None:
-    if x.device.type != "cpu":
-        return Reason("device", f"x is on {x.device}, the kernel runs on the CPU")
+    if (reason := backends.wrong_device(backend, x.device)) is not None:
+        return reason
     if x.dtype not in KERNEL_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     for name, tensor in (("x", x), ("residual", residual)):
@@ -199,7 +245,21 @@ def _cpu_check(
         t is not None and t.requires_grad for t in (x, residual, *weights)
     ):
         return Reason("gradient", "the kernel has no gradient; run it under torch.no_grad()")
+    if backend in GPU_BACKENDS and problem is not None:
+        return _gpu_check(backend, problem, activations)
     return None
+
+
+def _gpu_check(backend: str, problem: Problem, activations: Sequence[str]) -> Reason | None:
+    for activation in activations:
+        if activation not in GPU_ACTIVATIONS:
+            return Reason("activation", f"the kernel does not fuse {activation}")
+    text = table.parameters("inverted_residual", backend).unsupported(problem)
+    return None if text is None else Reason("shape", text)
+
+
+for _backend in ("cpu", *GPU_BACKENDS):
+    backends.register("inverted_residual", _backend)(functools.partial(_check, _backend))
 
 
 def output_size(
@@ -309,6 +369,129 @@ def fuses(
     return spared > _LEAST_BYTES[expands] and out_height >= max(least_height, bands * _LEAST_BAND)
 
 
+def _problem(
+    x: Tensor,
+    hidden: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *,
+    expands: bool,
+    residual: bool,
+) -> Problem:
+    if len(padding) not in (2, 4) or min(padding) < 0:
+        raise ValueError(
+            f"inverted_residual: padding={list(padding)}: expected (vertical, horizontal) or (top, "
+            "left, bottom, right), none negative"
+        )
+    batch, channels, height, width = x.shape
+    # Tuned tables know symmetric padding by two numbers.
+    before, after = tuple(padding[:2]), tuple(padding[-2:])
+    return Problem(
+        batch,
+        channels,
+        hidden,
+        out_channels,
+        height,
+        width,
+        kernel=(kernel_size[0], kernel_size[1]),
+        stride=(stride[0], stride[1]),
+        padding=before if before == after else before + after,
+        expands=expands,
+        residual=residual,
+        dtype=x.dtype,
+        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+    )
+
+
+def _problem_of(
+    x: Tensor,
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor,
+    depthwise_bias: Tensor | None,
+    project: Tensor | None,
+    project_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Problem:
+    """Of the arguments of `inverted_residual`; without a projection, of its first half."""
+    return _problem(
+        x,
+        depthwise.shape[0],
+        0 if project is None else project.shape[0],
+        depthwise.shape[2:],
+        stride,
+        padding,
+        expands=expand is not None,
+        residual=residual is not None,
+    )
+
+
+def problem(
+    x: Tensor,
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    residual: Tensor | None,
+    hidden: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    expand_activation: str,
+    depthwise_activation: str,
+    activation: str,
+    *,
+    out: Tensor,
+) -> Problem:
+    """What the GPU operators choose their launch parameters by; arguments are those of `.out`."""
+    del expand_bias, depthwise, project, project_bias
+    del expand_activation, depthwise_activation, activation
+    return _problem(
+        x,
+        hidden,
+        out.shape[1],
+        kernel_size,
+        stride,
+        padding,
+        expands=expand is not None,
+        residual=residual is not None,
+    )
+
+
+def squeeze_problem(
+    x: Tensor,
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor,
+    hidden: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    expand_activation: str,
+    depthwise_activation: str,
+    *,
+    out: Tensor,
+    row_means: Tensor,
+) -> Problem:
+    """The same of the first half, `inverted_residual_squeeze`."""
+    del expand_bias, depthwise, expand_activation, depthwise_activation, out, row_means
+    return _problem(
+        x,
+        hidden,
+        0,
+        kernel_size,
+        stride,
+        padding,
+        expands=expand is not None,
+        residual=False,
+    )
+
+
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
@@ -412,6 +595,17 @@ def _packed(
     )
 
 
+def _gpu_packed(
+    x: Tensor,
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor,
+    depthwise_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    matrix = (None, None) if expand is None else prepack_gpu(expand, expand_bias, x.dtype)
+    return (*matrix, prepack_depthwise(depthwise, depthwise_bias))
+
+
 @torch.library.impl(_library, "inverted_residual", "CompositeExplicitAutograd")
 def _inverted_residual(
     x: Tensor,
@@ -427,10 +621,28 @@ def _inverted_residual(
     expand_activation: str,
     depthwise_activation: str,
     activation: str,
+    backend: str = "auto",
 ) -> Tensor:
     weights = expand, expand_bias, depthwise, depthwise_bias
     activations = expand_activation, depthwise_activation, activation
-    if backends.supports("inverted_residual", "cpu", x, residual) is None:
+    call = _problem_of(x, *weights, project, project_bias, residual, stride, padding)
+    chosen = backends.select(
+        "inverted_residual", backend, x.device, x, residual, (), call, activations
+    )
+    if chosen in GPU_BACKENDS:
+        return getattr(torch.ops.cvfast, f"inverted_residual_{chosen}")(
+            x,
+            *_gpu_packed(x, *weights),
+            *prepack_gpu(project, project_bias, x.dtype),
+            residual,
+            depthwise.shape[0],
+            project.shape[0],
+            depthwise.shape[2:],
+            stride,
+            padding,
+            *activations,
+        )
+    if chosen == "cpu":
         return torch.ops.cvfast.inverted_residual_cpu(
             x,
             *_packed(x, *weights),
@@ -458,10 +670,23 @@ def _inverted_residual_squeeze(
     padding: Sequence[int],
     expand_activation: str,
     depthwise_activation: str,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     weights = expand, expand_bias, depthwise, depthwise_bias
     activations = expand_activation, depthwise_activation
-    if backends.supports("inverted_residual", "cpu", x) is None:
+    call = _problem_of(x, *weights, None, None, None, stride, padding)
+    chosen = backends.select("inverted_residual", backend, x.device, x, None, (), call, activations)
+    if chosen in GPU_BACKENDS:
+        return getattr(torch.ops.cvfast, f"inverted_residual_squeeze_{chosen}")(
+            x,
+            *_gpu_packed(x, *weights),
+            depthwise.shape[0],
+            depthwise.shape[2:],
+            stride,
+            padding,
+            *activations,
+        )
+    if chosen == "cpu":
         return torch.ops.cvfast.inverted_residual_squeeze_cpu(
             x,
             *_packed(x, *weights),
@@ -489,6 +714,66 @@ def _empty(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
 
 def _empty_squeeze(x: Tensor, hidden: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     return _empty(x, hidden, size), _empty(x, hidden, (size[0], 1))
+
+
+def _gpu_out(backend: str, *arguments: Any, out: Tensor, launch: Any = None) -> None:
+    """One call of a GPU operator; `launch` None: the parameters of the tuned table or heuristic."""
+    call = problem(*arguments, out=out)
+    if launch is None:
+        at = devices.for_tensor(out)
+        launch = table.choose("inverted_residual", backend, call, "forward", at)
+    if backend == "triton":
+        from cvfast.kernels import inverted_residual as kernels
+
+        kernels.forward(*arguments[:7], call, launch, arguments[-3:], out)
+    else:
+        torch.ops.cvfast.inverted_residual_cuda_launch(*arguments, launch.as_ints(), out=out)
+
+
+def _gpu_squeeze_out(
+    backend: str, *arguments: Any, out: Tensor, row_means: Tensor, launch: Any = None
+) -> None:
+    """One call of a GPU operator, as `_gpu_out`."""
+    call = squeeze_problem(*arguments, out=out, row_means=row_means)
+    if launch is None:
+        at = devices.for_tensor(out)
+        launch = table.choose("inverted_residual", backend, call, "forward", at)
+    if backend == "triton":
+        from cvfast.kernels import inverted_residual as kernels
+
+        kernels.squeeze(*arguments[:4], call, launch, arguments[-2:], out, row_means)
+    else:
+        torch.ops.cvfast.inverted_residual_squeeze_cuda_launch(
+            *arguments, launch.as_ints(), out=out, row_means=row_means
+        )
+
+
+def _gpu_functional(backend: str, x: Tensor, *arguments: Any) -> Tensor:
+    before, out_channels, after = arguments[:7], arguments[7], arguments[8:]
+    out = _empty(x, out_channels, output_size(x.shape[2:], *after[:3]))
+    _gpu_out(backend, x, *before, *after, out=out)
+    return out
+
+
+def _gpu_squeeze_functional(backend: str, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    hidden, *geometry = arguments[3:7]
+    out, row_means = _empty_squeeze(x, hidden, output_size(x.shape[2:], *geometry))
+    _gpu_squeeze_out(backend, x, *arguments, out=out, row_means=row_means)
+    return out, row_means
+
+
+for _backend in GPU_BACKENDS:
+    for _name, _run in (
+        ("inverted_residual_{}", _gpu_functional),
+        ("inverted_residual_{}.out", _gpu_out),
+        ("inverted_residual_squeeze_{}", _gpu_squeeze_functional),
+        ("inverted_residual_squeeze_{}.out", _gpu_squeeze_out),
+    ):
+        _library.impl(
+            _name.format(_backend),
+            functools.partial(_run, _backend),
+            "CompositeExplicitAutograd",
+        )
 
 
 @torch.library.register_fake("cvfast::inverted_residual")
@@ -526,62 +811,46 @@ def _inverted_residual_squeeze_fake(
     return _empty_squeeze(x, depthwise.shape[0], size)
 
 
-@torch.library.register_fake("cvfast::inverted_residual_cpu")
-def _inverted_residual_cpu_fake(
-    x: Tensor,
-    expand: Tensor | None,
-    depthwise: Tensor,
-    project: Tensor,
-    residual: Tensor | None,
-    hidden: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    *activations: str,
-) -> Tensor:
-    del expand, depthwise, project, residual, hidden, activations
+def _packed_fake(x: Tensor, *arguments: Any) -> Tensor:
+    *_, out_channels, kernel_size, stride, padding, _, _, _ = arguments
     return _empty(x, out_channels, output_size(x.shape[2:], kernel_size, stride, padding))
 
 
-@torch.library.register_fake("cvfast::inverted_residual_squeeze_cpu")
-def _inverted_residual_squeeze_cpu_fake(
-    x: Tensor,
-    expand: Tensor | None,
-    depthwise: Tensor,
-    hidden: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    *activations: str,
-) -> tuple[Tensor, Tensor]:
-    del expand, depthwise, activations
-    size = output_size(x.shape[2:], kernel_size, stride, padding)
-    return _empty_squeeze(x, hidden, size)
+def _packed_squeeze_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, hidden, kernel_size, stride, padding, _, _ = arguments
+    return _empty_squeeze(x, hidden, output_size(x.shape[2:], kernel_size, stride, padding))
 
 
-@torch.library.register_fake("cvfast::inverted_residual_cpu.out")
-def _inverted_residual_cpu_out_fake(*arguments: Any, out: Tensor) -> None:
+def _out_fake(*arguments: Any, out: Tensor) -> None:
     del arguments, out
 
 
-@torch.library.register_fake("cvfast::inverted_residual_squeeze_cpu.out")
-def _inverted_residual_squeeze_cpu_out_fake(
-    *arguments: Any, out: Tensor, row_means: Tensor
-) -> None:
+def _squeeze_out_fake(*arguments: Any, out: Tensor, row_means: Tensor) -> None:
     del arguments, out, row_means
 
 
-for _name, _overloads in (
-    ("inverted_residual", ("default",)),
-    ("inverted_residual_squeeze", ("default",)),
-    ("inverted_residual_cpu", ("default", "out")),
-    ("inverted_residual_squeeze_cpu", ("default", "out")),
+_advice = 'call cvfast.ops.inverted_residual with backend="reference"'
+_blocks, _halves = (
+    [getattr(torch.ops.cvfast, f"{stem}_{backend}") for backend in ("cpu", *GPU_BACKENDS)]
+    for stem in ("inverted_residual", "inverted_residual_squeeze")
+)
+_fakes: tuple[tuple[list[Any], Callable[..., Any], Callable[..., Any]], ...] = (
+    (_blocks, _packed_fake, _out_fake),
+    (_halves, _packed_squeeze_fake, _squeeze_out_fake),
+)
+for _operators, _fake, _fake_out in _fakes:
+    for _operator in _operators:
+        torch.library.register_fake(_operator.default, _fake)
+        torch.library.register_fake(_operator.out, _fake_out)
+for _operator in (
+    torch.ops.cvfast.inverted_residual,
+    torch.ops.cvfast.inverted_residual_squeeze,
+    *_blocks,
+    *_halves,
 ):
-    for _overload in _overloads:
-        _op = getattr(getattr(torch.ops.cvfast, _name), _overload)
-        _advice = 'call cvfast.ops.inverted_residual with backend="reference"'
-        _library.impl(_op, _gradient.refusal(_op, _advice), "Autograd", with_keyset=True)
+    for _overload in map(functools.partial(getattr, _operator), _operator.overloads()):
+        _refusal = _gradient.refusal(_overload, _advice)
+        _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
 
 
 def _block_flops(
@@ -606,16 +875,11 @@ def _block_flops(
 def _packed_block_flops(
     x_shape: Sequence[int],
     expand_shape: Sequence[int] | None,
-    depthwise_shape: Sequence[int],
-    project_shape: Sequence[int],
-    residual_shape: Sequence[int] | None,
-    hidden: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    *args: Any,
+    *arguments: Any,
     out_shape: Sequence[int],
     **kwargs: Any,
 ) -> int:
+    *_, hidden, out_channels, kernel_size, _, _, _, _, _ = arguments
     return flops(
         x_shape, hidden, out_channels, kernel_size, out_shape[2:], expand=expand_shape is not None
     )
@@ -624,17 +888,90 @@ def _packed_block_flops(
 def _packed_squeeze_flops(
     x_shape: Sequence[int],
     expand_shape: Sequence[int] | None,
-    depthwise_shape: Sequence[int],
-    hidden: int,
-    kernel_size: Sequence[int],
-    *args: Any,
+    *arguments: Any,
     out_shape: Sequence[Sequence[int]],
     **kwargs: Any,
 ) -> int:
+    *_, hidden, kernel_size, _, _, _, _ = arguments
     return flops(x_shape, hidden, 0, kernel_size, out_shape[0][2:], expand=expand_shape is not None)
 
 
 _flops.register(torch.ops.cvfast.inverted_residual, _block_flops)
 _flops.register(torch.ops.cvfast.inverted_residual_squeeze, _block_flops)
-_flops.register(torch.ops.cvfast.inverted_residual_cpu, _packed_block_flops)
-_flops.register(torch.ops.cvfast.inverted_residual_squeeze_cpu, _packed_squeeze_flops)
+for _operator in _blocks:
+    _flops.register(_operator, _packed_block_flops)
+for _operator in _halves:
+    _flops.register(_operator, _packed_squeeze_flops)
+
+
+def example(
+    problem: Problem,
+    activation: str = "none",
+    pass_: str = "forward",
+    *,
+    device: str | torch.device,
+    seed: int = 0,
+) -> Example:
+    """Random inputs of a problem for the GPU kernels; see `cvfast.ops._example`.
+
+    `activation` is that of the expansion and of the depthwise convolution, as in the MobileNets.
+    """
+    del pass_
+    draw = functools.partial(_example.normal, dtype=problem.dtype, device=device)
+    hidden, channels, out_channels = problem.hidden, problem.channels, problem.out_channels
+    size = (problem.out_height, problem.out_width)
+    x = draw((problem.batch, channels, problem.height, problem.width), seed=seed)
+
+    def layer(seed: int, *shape: int) -> tuple[Tensor, Tensor]:
+        """A weight, scaled so that outputs have about the variance of inputs, and a bias."""
+        weight, bias = draw(shape, seed=seed), draw(shape[:1], seed=seed + 1)
+        return weight / math.prod(shape[1:]) ** 0.5, bias
+
+    none = (None, None)
+    depthwise = layer(seed + 1, hidden, 1, *problem.kernel)
+    expand = layer(seed + 3, hidden, channels, 1, 1) if problem.expands else none
+    project = layer(seed + 5, out_channels, hidden, 1, 1) if problem.projects else none
+    residual = None
+    if problem.residual:
+        residual = draw((problem.batch, out_channels, *size), seed=seed + 7)
+    geometry = (problem.kernel, problem.stride, problem.padding, activation, activation)
+    top, left, bottom, right = (*problem.padding, *problem.padding)[:4]
+
+    def definition(
+        x: Tensor,
+        expand: Tensor | None,
+        expand_bias: Tensor | None,
+        depthwise: Tensor,
+        depthwise_bias: Tensor,
+        project: Tensor | None,
+        project_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> list[Tensor]:
+        if expand is not None:
+            x = pointwise_reference(x, expand, expand_bias, activation=activation)
+        padded = F.pad(x, (left, right, top, bottom))
+        d, means = squeeze_reference(
+            padded, None, None, depthwise, depthwise_bias, problem.stride, (0, 0), "none",
+            activation,
+        )  # fmt: skip
+        if project is None:
+            return [d, means]
+        return [pointwise_reference(d, project, project_bias, residual=residual)]
+
+    packed = (x, *_gpu_packed(x, expand[0], expand[1], depthwise[0], depthwise[1]))
+    matrix = () if project[0] is None else prepack_gpu(project[0], project[1], problem.dtype)
+
+    def kernel(backend: str, launch: Any) -> list[Tensor]:
+        extension.load(backend)
+        if not problem.projects:
+            out, means = _empty_squeeze(x, hidden, size)
+            _gpu_squeeze_out(
+                backend, *packed, hidden, *geometry, out=out, row_means=means, launch=launch
+            )
+            return [out, means]
+        out = _empty(x, out_channels, size)
+        arguments = (*packed, *matrix, residual, hidden, *geometry, "none")
+        _gpu_out(backend, *arguments, out=out, launch=launch)
+        return [out]
+
+    return Example((x, *expand, *depthwise, *project, residual), definition, kernel)

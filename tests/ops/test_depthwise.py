@@ -357,7 +357,10 @@ def test_the_sides_of_the_image_may_be_padded_unequally(
 
 
 @pytest.mark.gpu_kernels
-def test_gpu_operator_writes_a_slice_and_pads_unequally(gpu_kernels: GpuKernels) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gpu_operator_writes_a_slice_and_pads_unequally(
+    backend: str, gpu_kernels: GpuKernels
+) -> None:
     case = Case(stride=(2, 2), padding=(0, 0), channels=11, size=(6, 5), activation="relu6")
     x, weight, bias = case.tensors()
     top, left, bottom, right = padding = (0, 1, 2, 1)
@@ -366,21 +369,23 @@ def test_gpu_operator_writes_a_slice_and_pads_unequally(gpu_kernels: GpuKernels)
         return case.reference(F.pad(x, (left, right, top, bottom)), *rest)
 
     expected = padded(x, weight, bias)
-    with gpu_kernels("triton") as device:
+    with gpu_kernels(backend) as device:
+        assert extension.load(backend)
+        operator = getattr(torch.ops.cvfast, f"depthwise_{backend}")
         around = guarded(torch.zeros(expected.shape, device=device), canary=12.0)
         packed = prepack(weight, bias).to(device)
         arguments = (x.to(device), packed, (3, 3), (2, 2), padding, (1, 1), "relu6")
-        torch.ops.cvfast.depthwise_triton.out(*arguments, out=around.tensor)
-        y = torch.ops.cvfast.depthwise_triton(*arguments)
+        operator.out(*arguments, out=around.tensor)
+        y = operator(*arguments)
         assert torch.equal(y, around.tensor)
         around.assert_untouched()
         assert_close_to_float64(y.cpu(), padded, x, weight, bias)
-        torch.library.opcheck(torch.ops.cvfast.depthwise_triton.default, arguments)
-        torch.library.opcheck(torch.ops.cvfast.depthwise_triton.out, arguments, {"out": y})
+        torch.library.opcheck(operator.default, arguments)
+        torch.library.opcheck(operator.out, arguments, {"out": y})
         for wrong in ((1, 1, 1), (0, 0, -1, 0)):
             arguments = (*arguments[:4], wrong, *arguments[5:])
             with pytest.raises(ValueError, match=r"padding=\[.*expected \(vertical, horizontal\)"):
-                torch.ops.cvfast.depthwise_triton(*arguments)
+                operator(*arguments)
 
 
 def test_padding_of_three_numbers_is_named() -> None:

@@ -20,6 +20,7 @@ _LEAST = 16  # sizes of a matrix product
 _MAX_COLUMNS = 65535  # programs along the second axis of a grid
 _MAX_IMAGE_ROWS = 31  # the kernel has a bit of a number for each
 _MAX_REGISTERS = 255
+_MAX_CHANNELS = 128
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def unsupported(problem: Problem) -> str | None:
     """Why no kernel can be launched for the problem; None if one can."""
     if problem.kernel[0] > _MAX_IMAGE_ROWS:
         return f"the kernel takes windows of up to {_MAX_IMAGE_ROWS} rows, not {problem.kernel[0]}"
+    if problem.expands and problem.channels > _MAX_CHANNELS:
+        return (
+            f"the kernel expands at most {_MAX_CHANNELS} channels: the operands of "
+            f"{problem.channels} fill a thread's registers"
+        )
     return None
 
 
@@ -135,7 +141,10 @@ def candidates(problem: Problem, pass_: str, device: Device, limit: int = 32) ->
 def _launches(problem: Problem) -> Iterator[Launch]:
     """A warp takes 16 hidden channels and 16 positions: 8 numbers a lane of each row's sums, which
     leaves registers for some rows and, beside them, the projection's sums."""
-    channels = min((64, 32, 16), key=lambda width: (_round_up(problem.channels, width), -width))
+    wide = problem.channels > _FEW_CHANNELS
+    # Many products of few channels: the compiler loads the operands of each when it needs them.
+    channels = 16 if wide or problem.channels <= 16 else _FEW_CHANNELS
+    most = _MAX_SUMS[wide or problem.kernel[0] > 3]
     for num_warps in (1, 2, 4, 8):
         outputs = _LEAST
         if problem.projects:
@@ -143,13 +152,14 @@ def _launches(problem: Problem) -> Iterator[Launch]:
             outputs = min(_power_of_two(problem.out_channels), 64 * num_warps)
         shape = Launch(1, 16, 16 * num_warps, channels, outputs, num_warps)
         for rows in sorted({-(-problem.out_height // n) for n in range(1, problem.out_height + 1)}):
-            if rows == 1 or _sums(problem, shape) * rows <= _MAX_SUMS[problem.kernel[0] > 3]:
+            if rows == 1 or _sums(problem, shape) * rows <= most:
                 yield Launch(rows, *astuple(shape)[1:])
 
 
-# Numbers a lane of the sums of all rows that compile without spills: of windows up to 3 rows, and
-# of higher ones.
+# Numbers a lane of the sums of all rows that compile without spills: with few channels and windows
+# of up to 3 rows, and with more.
 _MAX_SUMS = (64, 40)
+_FEW_CHANNELS = 32
 
 
 def _sums(problem: Problem, launch: Launch) -> int:
@@ -165,16 +175,17 @@ def _numbers(channels: int, launch: Launch) -> int:
 
 def registers(problem: Problem, launch: Launch, pass_: str = "forward") -> int:
     """About how many registers a thread needs; within a third of what the compiler takes."""
-    rows = launch.rows * _sums(problem, launch) + 12 * _image_rows(problem, launch)
-    weights = 4 * problem.kernel[0] + (launch.channels // 4 if problem.expands else 0)
-    return min(launch.registers, 48 + rows + weights)
+    # Four lanes hold a position's channels, two a register: of x for each row, of the weights once.
+    operands = _round_up(problem.channels, launch.channels) // 4 if problem.expands else 4
+    rows = launch.rows * _sums(problem, launch) + _image_rows(problem, launch) * (6 + operands)
+    return min(launch.registers, 48 + rows + operands + 4 * problem.kernel[0])
 
 
-# What `predict` counts with, from the code: instructions of a warp for each row of the image and
-# column of the window that is expanded (address, mask, load, to and from shared memory) or loaded
-# only, for each chunk, and before and behind all; cycles until a row's products can go on, a round through shared
-# memory; the share of issue slots that a full multiprocessor uses, and the instructions a cycle of
-# a lone warp. The latter three are estimates.
+# What `predict` counts with. From the code: instructions of a warp for each row of the image and
+# column of the window that is expanded (address, mask, load, to and from shared memory) or only
+# loaded, for each chunk, and before and behind all. Estimates: cycles until a row's products can go
+# on, a round through shared memory; the share of issue slots that a full multiprocessor uses; the
+# instructions a cycle of a lone warp.
 _EXPANDED_ROW, _ROW, _CHUNK, _PROGRAM = 36, 12, 140, 450
 _ROW_LATENCY = 120
 _ISSUE_SHARE, _WARP_RATE, _SCHEDULERS = 0.75, 0.4, 4

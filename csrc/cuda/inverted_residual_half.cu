@@ -1,0 +1,3 @@
+#include "cuda/inverted_residual_launch.cuh"
+
+CVFAST_INSTANTIATE_INVERTED_RESIDUAL(__half)
