@@ -23,6 +23,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "benchmarking.md",
     ROOT / "docs" / "compiled_code.md",
+    ROOT / "docs" / "engine.md",
 ]
 EAGER = ("eager", "eager_channels_last")
 SETTING = ("threads", "batch", "dtype")  # what a summary of the depthwise layers is over
@@ -231,8 +232,66 @@ def predictions(results: Path = RESULTS, op: str = "*") -> str:
     return f"{text}\n{' '.join(notes)} No kernel has been timed for this table.\n"
 
 
+def plans(results: Path = RESULTS) -> str:
+    """Launches, bytes and least times of networks' plans for GPUs, a row per network and batch."""
+    counted = _load(results / "gpu" / "plans.json")
+    if counted is None:
+        return not_counted("python benchmarks/plans.py")
+    gpus = list(counted["rows"][0]["cvfast"]["roof_seconds"])
+    body = []
+    for row in counted["rows"]:
+        ours, unfused = row["cvfast"], row["unfused"]
+        times = (
+            f"{1e6 * ours['roof_seconds'][gpu]:.0f} / {1e6 * unfused['roof_seconds'][gpu]:.0f}"
+            for gpu in gpus
+        )
+        body.append(
+            [
+                row["model"],
+                "x".join(map(str, row["shape"])),
+                f"{ours['launches']} / {unfused['launches']}",
+                f"{ours['bytes'] / 1e6:.1f} / {unfused['bytes'] / 1e6:.1f}",
+                f"{row['concat_bytes'] / 1e6:.1f}",
+                f"{row['arena_bytes'] / 1e6:.1f}",
+                *times,
+            ]
+        )
+    head = ["network", "input", "launches", "MB moved", "of them concatenating", "arena, MB"]
+    text = markdown([*head, *(f"µs at least, {gpu}" for gpu in gpus)], body)
+    note = (
+        f"The plan for an {counted['device']} in {counted['dtype']} / PyTorch operator by operator."
+    )
+    return f"{text}\n{note} Counted, not timed.\n"
+
+
+def plan_families(results: Path = RESULTS, *, batch: int = 1) -> str:
+    """What kinds of work the launches and bytes of `plans` are, at one batch size."""
+    counted = _load(results / "gpu" / "plans.json")
+    if counted is None:
+        return not_counted("python benchmarks/plans.py")
+    rows = [row for row in counted["rows"] if row["shape"][0] == batch]
+    kinds = list(dict.fromkeys(k for row in rows for k in row["unfused"]["families"]))
+    kinds += [k for row in rows for k in row["cvfast"]["families"] if k not in kinds]
+    kinds = list(dict.fromkeys(kinds))
+    body = []
+    for row in rows:
+        cells = []
+        for kind in kinds:
+            pair = [row[plan]["families"].get(kind) for plan in ("cvfast", "unfused")]
+            cells.append(
+                " / ".join(f"{p['launches']}: {p['bytes'] / 1e6:.1f}" if p else "-" for p in pair)
+            )
+        body.append([row["model"], *cells])
+    return markdown(["network", *kinds], body) + "\nLaunches: MB, of the plan / of PyTorch.\n"
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def not_counted(command: str) -> str:
+    """What stands in place of a table of counts that are not there."""
+    return f"Not counted yet: run `{command}`.\n"
 
 
 def not_measured(command: str) -> str:
@@ -292,6 +351,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "validation": validation,
     "depthwise-predicted": functools.partial(predictions, op="depthwise"),
     "predicted": predictions,
+    "plans": plans,
+    "plan-families": plan_families,
 }
 
 

@@ -16,6 +16,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         or ACTIVATION == "relu6"
         or ACTIVATION == "hardswish"
         or ACTIVATION == "hardsigmoid"
+        or ACTIVATION == "sigmoid"
+        or ACTIVATION == "silu"
     )
     if ACTIVATION == "relu":
         x = tl.maximum(x, 0.0, tl.PropagateNan.ALL)
@@ -25,6 +27,10 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = x * _clamp6(x + 3.0) * (1.0 / 6.0)
     elif ACTIVATION == "hardsigmoid":
         x = _clamp6(x + 3.0) * (1.0 / 6.0)
+    elif ACTIVATION == "sigmoid":
+        x = 1.0 / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
     return x
 
 

@@ -59,7 +59,10 @@ def inspect(
         str, typer.Option(help="cpu, or cuda: plan for a GPU, which need not be there.")
     ] = "cpu",
     arch: Annotated[
-        str | None, typer.Option(help="The GPU to plan for: sm_89, 'RTX 4090'. Default: sm_90.")
+        str | None,
+        typer.Option(
+            "--gpu", "--arch", help="The GPU to plan for: H200, 'RTX 4090', sm_89. Default: H200."
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="With --device cuda: compute in this. Default: float16.")
@@ -76,12 +79,12 @@ def inspect(
     if device not in ("cpu", "cuda"):
         raise fail(f"unknown device {device!r}; choose cpu or cuda")
     if device == "cpu" and (arch is not None or dtype is not None or list_launches):
-        raise fail("--arch, --dtype and --launches need --device cuda")
+        raise fail("--gpu, --dtype and --launches need --device cuda")
     network = specs.load(model)
     x = specs.example(specs.input_shape(model, network, size), batch)
     if device == "cuda":
         compute = specs.dtype(dtype or "float16")
-        _inspect_for_gpu(network, x, arch or "sm_90", compute, html, list_launches, as_json)
+        _inspect_for_gpu(network, x, arch or "H200", compute, html, list_launches, as_json)
         return
     report = cvfast.optimize(network, (x,), dry_run=True).report
     _write_html(report, html)
@@ -108,12 +111,13 @@ def _inspect_for_gpu(
         print_json(planned.to_dict())
         return
     if list_launches:
-        columns = ("module", "kernel", "MB", "MFLOP", "us at least", "grid", "config")
-        table = Table(columns, right=columns[2:5])
+        columns = ("module", "kernel", "shape", "MB", "MFLOP", "us at least", "grid", "config")
+        table = Table(columns, right=columns[3:6])
         for launch in planned.launches:
             table.add(
                 launch.module,
                 launch.kernel,
+                launch.shape,
                 f"{launch.bytes / 1e6:.3f}",
                 f"{launch.flops / 1e6:.1f}" if launch.flops else "",
                 f"{launch.roof(planned.device) * 1e6:.2f}",
@@ -123,6 +127,14 @@ def _inspect_for_gpu(
         table.print()
     else:
         print_report(planned.report)
+    rows = planned.comparison()
+    gpus = tuple(rows[0]["roof_seconds"])
+    heads = ("plan", "launches", "MB", *(f"us at least, {gpu}" for gpu in gpus))
+    table = Table(heads, right=heads[1:])
+    for row in rows:
+        times = (f"{row['roof_seconds'][gpu] * 1e6:.1f}" for gpu in gpus)
+        table.add(row["plan"], row["launches"], f"{row['bytes'] / 1e6:.1f}", *times)
+    table.print()
     print(planned.summary())
 
 

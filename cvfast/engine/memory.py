@@ -9,6 +9,9 @@ from .nodes import Concat, Copy, Graph, Image, Node
 ALIGNMENT = 64
 """Bytes; a cache line and the widest vector."""
 
+GPU_ALIGNMENT = 256
+"""Bytes; of every allocation on a GPU, and more than any of its memory accesses asks for."""
+
 
 def place(graph: Graph) -> None:
     """Let the parts of concatenations be written where they belong.
@@ -47,18 +50,21 @@ def _place_parts(node: Concat, graph: Graph, writers: dict[Image, Node]) -> list
     channel = 0
     for part in node.parts:
         free = part in writers and part.parent is None and part.external is None
-        if free and part is not node.out.root()[0]:
+        if free and part not in graph.outputs and part is not node.out.root()[0]:
             part.parent, part.channel = node.out, channel
         else:
             to = Image(part.shape, part.dtype, parent=node.out, channel=channel)
-            copies.append(Copy(to, part, name=node.name))
+            copies.append(Copy(to, part, is_part=True, name=node.name, backend=node.backend))
         channel += part.channels
     return copies
 
 
 @dataclass(frozen=True)
 class Lifetime:
-    """From the first step that writes an image's memory to the last that reads it, inclusive."""
+    """From the first step that writes an image's memory to the last that reads it, inclusive.
+
+    Inputs are written before the first step, outputs read after the last.
+    """
 
     image: Image
     first: int
@@ -74,7 +80,9 @@ def lifetimes(graph: Graph) -> list[Lifetime]:
             root = image.root()[0]
             first.setdefault(root, step)
             last[root] = step
-    return [Lifetime(i, first[i], last[i]) for i in first if i.external is None]
+    first.update((image.root()[0], 0) for image in graph.inputs)
+    last.update((image.root()[0], len(graph.nodes)) for image in graph.outputs)
+    return [Lifetime(i, first[i], last[i]) for i in last if i.external is None]
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,13 @@ class Arena:
     offsets: dict[Image, int]
 
 
-def pack(lives: list[Lifetime]) -> Arena:
+def pack(lives: list[Lifetime], alignment: int = ALIGNMENT) -> Arena:
     """Offsets such that no two images share memory while both live: the largest first, each at the
     lowest place that is free throughout its life (Pisarchyk and Lee, 2020, greedy by size)."""
     placed: list[tuple[int, int, Lifetime]] = []
     offsets: dict[Image, int] = {}
     for life in sorted(lives, key=lambda life: (-life.image.bytes, life.first)):
-        size = -(-life.image.bytes // ALIGNMENT) * ALIGNMENT
+        size = -(-life.image.bytes // alignment) * alignment
         offset = 0
         for begin, end, other in placed:  # by offset
             if other.last < life.first or life.last < other.first:

@@ -1,8 +1,9 @@
 """What a plan is made of: images, and the kernel calls that turn images into images.
 
 Images are channels-last. A node's fields that are images are what it reads, but for ``out``; the
-other fields are constants. ``record`` calls the out-variants of the node's kernels, which append
-themselves to the plan that is being recorded.
+other fields are constants. ``calls`` names the out-variants of the node's kernels and their
+arguments: those of its ``backend``, so that one node class serves the CPU and both kinds of GPU
+kernels, and one plan may mix them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from cvfast.ops import conv, depthwise, elementwise, inverted_residual, pointwise, pool
 
@@ -74,15 +76,30 @@ class Image:
 
 
 Tensors = Callable[[Image], Tensor]
-"""The tensor that stands for an image while a plan is recorded."""
+"""The tensor that stands for an image in a plan."""
+
+Packed = tuple[Tensor, ...]
+"""Weights as a backend's kernels read them: one tensor for the CPU, weight and bias for a GPU."""
+
+
+class Call(NamedTuple):
+    """An operator that writes to tensors it is given, and what it is given."""
+
+    operator: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    outputs: dict[str, Tensor]
+
+    def __call__(self) -> None:
+        self.operator(*self.arguments, **self.outputs)
 
 
 @dataclass(eq=False)
 class Node(ABC):
-    """A step of a plan, writing ``out``. ``name`` is for profiles."""
+    """A step of a plan, writing ``out``, by kernels of ``backend``. ``name`` is for profiles."""
 
     out: Image
     name: str = field(default="", kw_only=True)
+    backend: str = field(default="cpu", kw_only=True)
 
     def reads(self) -> list[Image]:
         values = (getattr(self, f.name) for f in fields(self) if f.name != "out")
@@ -99,8 +116,11 @@ class Node(ABC):
         return 0
 
     @abstractmethod
-    def record(self, tensor: Tensors) -> None:
-        """Call the out-variants of the node's kernels on the tensors of its images."""
+    def calls(self, tensor: Tensors) -> list[Call]:
+        """The out-variants of the node's kernels, on the tensors of its images."""
+
+    def _call(self, op: str, *arguments: Any, **outputs: Tensor) -> Call:
+        return Call(getattr(ops, f"{op}_{self.backend}").out, arguments, outputs)
 
 
 def _optional(image: Image | None, tensor: Tensors) -> Tensor | None:
@@ -109,10 +129,10 @@ def _optional(image: Image | None, tensor: Tensors) -> Tensor | None:
 
 @dataclass(eq=False)
 class Pointwise(Node):
-    """``cvfast::pointwise_cpu``. A gate is an image of single pixels."""
+    """``cvfast::pointwise_*``. A gate is an image of single pixels."""
 
     x: Image
-    packed: Tensor
+    packed: Packed
     stride: tuple[int, int] = (1, 1)
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -123,20 +143,22 @@ class Pointwise(Node):
     def flops(self) -> int:
         return 2 * prod(self.out.shape) * self.x.channels
 
-    def record(self, tensor: Tensors) -> None:
+    def calls(self, tensor: Tensors) -> list[Call]:
         gate = None if self.gate is None else tensor(self.gate)[:, :, 0, 0]
-        ops.pointwise_cpu.out(
-            tensor(self.x), self.packed, self.stride, self.scale, self.shift, gate,
-            _optional(self.residual, tensor), self.activation, out=tensor(self.out),
-        )  # fmt: skip
+        return [
+            self._call(
+                "pointwise", tensor(self.x), *self.packed, self.stride, self.scale, self.shift,
+                gate, _optional(self.residual, tensor), self.activation, out=tensor(self.out),
+            )
+        ]  # fmt: skip
 
 
 @dataclass(eq=False)
 class Conv(Node):
-    """``cvfast::conv_cpu``."""
+    """``cvfast::conv_*``."""
 
     x: Image
-    packed: Tensor
+    packed: Packed
     residual: Image | None
     x2: Image | None
     kernel_size: tuple[int, int]
@@ -147,23 +169,25 @@ class Conv(Node):
 
     def takes_planes(self) -> bool:
         """Whether the kernel reads images whose channels lie apart, too."""
-        return self.x.channels < 16
+        return self.backend == "cpu" and self.x.channels < 16
 
     def flops(self) -> int:
         channels = self.x.channels + (self.x2.channels if self.x2 is not None else 0)
         return 2 * prod(self.out.shape) * channels * prod(self.kernel_size)
 
-    def record(self, tensor: Tensors) -> None:
-        ops.conv_cpu.out(
-            tensor(self.x), self.packed, _optional(self.residual, tensor),
-            _optional(self.x2, tensor), self.kernel_size, self.stride, self.padding, self.dilation,
-            self.activation, out=tensor(self.out),
-        )  # fmt: skip
+    def calls(self, tensor: Tensors) -> list[Call]:
+        return [
+            self._call(
+                "conv", tensor(self.x), *self.packed, _optional(self.residual, tensor),
+                _optional(self.x2, tensor), self.kernel_size, self.stride, self.padding,
+                self.dilation, self.activation, out=tensor(self.out),
+            )
+        ]  # fmt: skip
 
 
 @dataclass(eq=False)
 class Depthwise(Node):
-    """``cvfast::depthwise_cpu``."""
+    """``cvfast::depthwise_*``; the same packed weights for every backend."""
 
     x: Image
     packed: Tensor
@@ -176,11 +200,13 @@ class Depthwise(Node):
     def flops(self) -> int:
         return 2 * prod(self.out.shape) * prod(self.kernel_size)
 
-    def record(self, tensor: Tensors) -> None:
-        ops.depthwise_cpu.out(
-            tensor(self.x), self.packed, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.activation, out=tensor(self.out),
-        )  # fmt: skip
+    def calls(self, tensor: Tensors) -> list[Call]:
+        return [
+            self._call(
+                "depthwise", tensor(self.x), self.packed, self.kernel_size, self.stride,
+                self.padding, self.dilation, self.activation, out=tensor(self.out),
+            )
+        ]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -189,23 +215,26 @@ class TransposedConv(Node):
     writes every stride-th pixel of every stride-th row."""
 
     x: Image
-    taps: list[Tensor]
+    taps: list[Packed]
     kernel_size: tuple[int, int]
 
     def flops(self) -> int:
         return 2 * prod(self.out.shape) * self.x.channels
 
-    def record(self, tensor: Tensors) -> None:
+    def calls(self, tensor: Tensors) -> list[Call]:
         x, out = tensor(self.x), tensor(self.out)
         rows, columns = self.kernel_size
+        surroundings = ((1, 1), None, None, None, None, "none")
+        calls = []
         for tap, packed in enumerate(self.taps):
             to = out[:, :, tap // columns :: rows, tap % columns :: columns]
-            ops.pointwise_cpu.out(x, packed, (1, 1), None, None, None, None, "none", out=to)
+            calls.append(self._call("pointwise", x, *packed, *surroundings, out=to))
+        return calls
 
 
 @dataclass(eq=False)
 class Pool(Node):
-    """``cvfast::pool_cpu``."""
+    """``cvfast::pool_*``."""
 
     x: Image
     kind: str
@@ -219,29 +248,32 @@ class Pool(Node):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def record(self, tensor: Tensors) -> None:
-        ops.pool_cpu.out(
-            tensor(self.x), self.kind, self.kernel_size, self.stride, self.padding, self.dilation,
-            self.ceil_mode, self.count_include_pad, self.divisor_override, self.scale, self.shift,
-            out=tensor(self.out),
-        )  # fmt: skip
+    def calls(self, tensor: Tensors) -> list[Call]:
+        return [
+            self._call(
+                "pool", tensor(self.x), self.kind, self.kernel_size, self.stride, self.padding,
+                self.dilation, self.ceil_mode, self.count_include_pad, self.divisor_override,
+                self.scale, self.shift, out=tensor(self.out),
+            )
+        ]  # fmt: skip
 
 
 @dataclass(eq=False)
 class GlobalPool(Node):
-    """``cvfast::global_pool_cpu``: the mean over an image's pixels."""
+    """``cvfast::global_pool_*``: the mean over an image's pixels."""
 
     x: Image
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def record(self, tensor: Tensors) -> None:
-        ops.global_pool_cpu.out(tensor(self.x), self.scale, self.shift, out=tensor(self.out))
+    def calls(self, tensor: Tensors) -> list[Call]:
+        source = (tensor(self.x), self.scale, self.shift)
+        return [self._call("global_pool", *source, out=tensor(self.out))]
 
 
 @dataclass(eq=False)
 class Elementwise(Node):
-    """``cvfast::elementwise_cpu``; ``y`` may be a gate of single pixels."""
+    """``cvfast::elementwise_*``; ``y`` may be a gate of single pixels."""
 
     x: Image
     y: Image | None = None
@@ -250,29 +282,33 @@ class Elementwise(Node):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def record(self, tensor: Tensors) -> None:
-        ops.elementwise_cpu.out(
-            tensor(self.x), _optional(self.y, tensor), self.op, self.activation, self.scale,
-            self.shift, out=tensor(self.out),
-        )  # fmt: skip
+    def calls(self, tensor: Tensors) -> list[Call]:
+        return [
+            self._call(
+                "elementwise", tensor(self.x), _optional(self.y, tensor), self.op, self.activation,
+                self.scale, self.shift, out=tensor(self.out),
+            )
+        ]  # fmt: skip
 
 
 @dataclass(eq=False)
 class Copy(Node):
-    """``cvfast::copy_layout_cpu``: the same image in other memory or another layout."""
+    """``cvfast::copy_layout_*``: the same image in other memory or another layout. ``is_part``: it
+    is a part of a concatenation that could not be written in its place."""
 
     x: Image
+    is_part: bool = False
 
     def bytes_copied(self) -> int:
         return self.out.bytes
 
-    def record(self, tensor: Tensors) -> None:
-        ops.copy_layout_cpu.out(tensor(self.x), out=tensor(self.out))
+    def calls(self, tensor: Tensors) -> list[Call]:
+        return [self._call("copy_layout", tensor(self.x), out=tensor(self.out))]
 
 
 @dataclass(eq=False)
 class Concat(Node):
-    """Images side by side along the channels. Records nothing: :func:`memory.place` puts the parts
+    """Images side by side along the channels. Calls nothing: :func:`memory.place` puts the parts
     where they belong, or adds copies."""
 
     parts: list[Image]
@@ -280,19 +316,20 @@ class Concat(Node):
     def reads(self) -> list[Image]:
         return list(self.parts)
 
-    def record(self, tensor: Tensors) -> None:
+    def calls(self, tensor: Tensors) -> list[Call]:
         del tensor
+        return []
 
 
 @dataclass(eq=False)
 class InvertedResidual(Node):
-    """``cvfast::inverted_residual_cpu``. Without ``project``, as in blocks with squeeze-excite, the
+    """``cvfast::inverted_residual_*``. Without ``project``, as in blocks with squeeze-excite, the
     kernel stops behind the depthwise convolution and writes the ``means`` of its rows as well."""
 
     x: Image
-    expand: Tensor | None
+    expand: Packed | None
     depthwise: Tensor
-    project: Tensor | None
+    project: Packed | None
     residual: Image | None
     hidden: int
     kernel_size: tuple[int, int]
@@ -314,19 +351,71 @@ class InvertedResidual(Node):
         project = pixels * self.out.channels if self.project is not None else 0
         return 2 * self.hidden * (expand + pixels * prod(self.kernel_size) + project)
 
-    def record(self, tensor: Tensors) -> None:
+    def calls(self, tensor: Tensors) -> list[Call]:
         geometry = (self.hidden, self.kernel_size, self.stride, self.padding)
+        nothing = (None,) if self.backend == "cpu" else (None, None)
+        weights = (*(self.expand or nothing), self.depthwise)
+        x, out = tensor(self.x), tensor(self.out)
         if self.project is None:
             assert self.means is not None
-            ops.inverted_residual_squeeze_cpu.out(
-                tensor(self.x), self.expand, self.depthwise, *geometry, *self.activations[:2],
-                out=tensor(self.out), row_means=tensor(self.means),
-            )  # fmt: skip
-            return
-        ops.inverted_residual_cpu.out(
-            tensor(self.x), self.expand, self.depthwise, self.project,
-            _optional(self.residual, tensor), *geometry, *self.activations, out=tensor(self.out),
-        )  # fmt: skip
+            return [
+                self._call(
+                    "inverted_residual_squeeze", x, *weights, *geometry, *self.activations[:2],
+                    out=out, row_means=tensor(self.means),
+                )
+            ]  # fmt: skip
+        return [
+            self._call(
+                "inverted_residual", x, *weights, *self.project, _optional(self.residual, tensor),
+                *geometry, *self.activations, out=out,
+            )
+        ]  # fmt: skip
+
+
+class View(NamedTuple):
+    """An image as PyTorch's operators see it: [N, C, H, W], or [N, C] of single pixels."""
+
+    image: Image
+    shape: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class TorchOp(Node):
+    """An operator that cvfast has no kernel for, whose result is copied to ``out``: part of a plan
+    for a GPU, so that one CUDA graph holds the whole network."""
+
+    operator: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def reads(self) -> list[Image]:
+        leaves = pytree.tree_leaves((self.arguments, self.keywords), is_leaf=_is_view)
+        return [leaf.image for leaf in leaves if isinstance(leaf, View)]
+
+    def bytes_copied(self) -> int:
+        return self.out.bytes
+
+    def calls(self, tensor: Tensors) -> list[Call]:
+        def value(leaf: Any) -> Any:
+            return tensor(leaf.image).view(leaf.shape) if isinstance(leaf, View) else leaf
+
+        given = (self.arguments, self.keywords)
+        arguments, keywords = pytree.tree_map(value, given, is_leaf=_is_view)
+        return [Call(_run_torch, (self.operator, arguments, keywords), {"out": tensor(self.out)})]
+
+
+def _is_view(value: Any) -> bool:
+    return isinstance(value, View)
+
+
+def _run_torch(
+    operator: Callable[..., Tensor],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    *,
+    out: Tensor,
+) -> None:
+    out.copy_(operator(*arguments, **keywords).reshape(out.shape))
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from cvfast.ops.inverted_residual import fuses
 
 from .nodes import (
@@ -18,15 +21,20 @@ from .nodes import (
     Pointwise,
     Pool,
 )
+from .target import Target
 
 
-def fuse(graph: Graph, threads: int) -> None:
-    """Rewrite ``graph``, which computes the same thing after, for ``threads`` threads."""
+def fuse(graph: Graph, target: Target) -> None:
+    """Rewrite ``graph``, which computes the same thing after, for ``target``.
+
+    The passes are those of the CPU and of GPUs alike; where their kernels differ in what they take,
+    the nodes say so.
+    """
     join_activations(graph)
     pool_before_pointwise(graph)
     fuse_prologues(graph)
     fuse_gates(graph)
-    fuse_inverted_residuals(graph, threads)
+    fuse_inverted_residuals(graph, partial(_block_backend, target=target))
     read_two_sources(graph)
     read_contiguous_inputs(graph)
 
@@ -142,8 +150,9 @@ def _plain_pointwise(node: Node | None) -> bool:
     )
 
 
-def fuse_inverted_residuals(graph: Graph, threads: int) -> None:
-    """Expansion, depthwise convolution and projection become one call where that wins."""
+def fuse_inverted_residuals(graph: Graph, choose: Callable[[InvertedResidual], str | None]) -> None:
+    """Expansion, depthwise convolution and projection become one call where that wins: where
+    ``choose`` names the backend whose kernel is to compute the block."""
     writers, readers = graph.writers(), graph.readers()
     for middle in list(graph.nodes):
         if not isinstance(middle, Depthwise) or middle.out.channels != middle.x.channels:
@@ -176,7 +185,8 @@ def fuse_inverted_residuals(graph: Graph, threads: int) -> None:
                 project.out, project.packed, project.residual
             )  # fmt: skip
             block.activations = (*block.activations[:2], project.activation)
-            if _fuses(block, threads):
+            if (backend := choose(block)) is not None:
+                block.backend = backend
                 graph.nodes[graph.nodes.index(project)] = writers[block.out] = block
                 _remove(graph, middle, *([expand] if expand else []))
             continue
@@ -184,18 +194,23 @@ def fuse_inverted_residuals(graph: Graph, threads: int) -> None:
         if expand is not None and len(pools) == 1 and middle.out not in graph.outputs:
             n, c, h, _ = middle.out.shape
             block.means = Image((n, c, h, 1), middle.out.dtype)
-            if _fuses(block, threads):
+            if (backend := choose(block)) is not None:
+                block.backend = backend
                 pools[0].x = block.means
                 graph.nodes[graph.nodes.index(middle)] = block
                 _remove(graph, expand)
 
 
-def _fuses(block: InvertedResidual, threads: int) -> bool:
-    return fuses(
+def _block_backend(block: InvertedResidual, target: Target) -> str | None:
+    """The backend that computes a block in one kernel faster than in two or three, if any."""
+    if target.gpu is not None:
+        return None
+    pays = fuses(
         block.x.shape, block.hidden, block.out.channels if block.project is not None else None,
         kernel_size=block.kernel_size, stride=block.stride, expands=block.expand is not None,
-        dtype=block.x.dtype, threads=threads,
+        dtype=block.x.dtype, threads=target.threads,
     )  # fmt: skip
+    return "cpu" if pays else None
 
 
 def read_two_sources(graph: Graph) -> None:

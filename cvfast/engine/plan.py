@@ -1,8 +1,12 @@
-"""Plan: a graph of kernel calls recorded over one arena, and run by one call into C++."""
+"""Plan: a graph of kernel calls over one arena; on the CPU recorded, and run by one call into C++.
+
+What a GPU makes of it is in :mod:`cvfast.engine.gpu`.
+"""
 
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +34,43 @@ for _schema in (
     _library.define(_schema)
 
 
-class Plan:
-    """``graph`` for ``threads`` threads. May run in several threads at once, each on its own arena.
+class ArenaPlan(ABC):
+    """``graph``, its images placed in one arena.
 
-    ``arena_bytes`` is what the images between inputs and outputs take, ``scratch_bytes`` what
-    kernels take beside them, ``bytes_copied`` what is copied for want of a better place.
+    ``arena_bytes`` is what they take, ``least_arena_bytes`` the bound that no arena can go below,
+    ``scratch_bytes`` what kernels take beside them, ``bytes_copied`` what is copied for want of a
+    better place.
+    """
+
+    scratch_bytes = 0
+
+    def __init__(self, graph: Graph, alignment: int) -> None:
+        memory.place(graph)
+        lives = memory.lifetimes(graph)
+        self.graph = graph
+        self.arena = memory.pack(lives, alignment)
+        self.arena_bytes = self.arena.bytes
+        self.least_arena_bytes = memory.lower_bound(lives)
+        self.bytes_copied = sum(node.bytes_copied() for node in graph.nodes)
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Fill ``outputs`` from ``inputs``: tensors of the sizes of the graph's."""
+
+    @abstractmethod
+    def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Run, and say of each step what it was, its FLOPs and how many seconds it took."""
+
+    def _rows(self, seconds: Sequence[float]) -> list[dict[str, Any]]:
+        return [
+            {**describe(node), "flops": node.flops(), "seconds": taken}
+            for node, taken in zip(self.graph.nodes, seconds, strict=True)
+        ]
+
+
+class Plan(ArenaPlan):
+    """``graph`` for ``threads`` threads of the CPU. May run in several threads at once, each on its
+    own arena. Inputs and outputs, which have the strides of the graph's, are not in the arena.
 
     Raises:
         RuntimeError: without the compiled extension, or where a kernel refuses its arguments.
@@ -43,17 +79,11 @@ class Plan:
     def __init__(self, graph: Graph, threads: int) -> None:
         if not (status := extension.load("cpu")):
             raise RuntimeError(str(status))
-        memory.place(graph)
-        lives = memory.lifetimes(graph)
-        arena = memory.pack(lives)
-        self.graph = graph
+        super().__init__(graph, memory.ALIGNMENT)
         self.threads = threads
-        self.arena_bytes = arena.bytes
-        self.least_arena_bytes = memory.lower_bound(lives)
-        self.bytes_copied = sum(node.bytes_copied() for node in graph.nodes)
-        self._id = self._record(arena)
+        self._id = self._record(self.arena)
         weakref.finalize(self, _delete, self._id)
-        self.scratch_bytes: int = ops.plan_memory(self._id)[1]
+        self.scratch_bytes = ops.plan_memory(self._id)[1]
 
     def _record(self, arena: memory.Arena) -> int:
         # Written to by none: pages that are not touched take no memory.
@@ -73,7 +103,8 @@ class Plan:
         ops.plan_record(base, externals, self.threads)
         try:
             for node in self.graph.nodes:
-                node.record(tensor)
+                for call in node.calls(tensor):
+                    call()  # appends itself
                 ops.plan_barrier()
         except BaseException:
             ops.plan_abandon()
@@ -82,16 +113,11 @@ class Plan:
         return number
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Fill ``outputs`` from ``inputs``: tensors of the sizes and strides of the graph's."""
         ops.plan_run(self._id, inputs, outputs)
 
     def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """Run, and say of each step what it was, its FLOPs and how many seconds it took."""
         times = ops.plan_profile(self._id, inputs, outputs)
-        return [
-            {**describe(node), "flops": node.flops(), "seconds": time * 1e-9}
-            for node, time in zip(self.graph.nodes, times, strict=True)
-        ]
+        return self._rows([nanoseconds * 1e-9 for nanoseconds in times])
 
     def measured_bytes(self) -> int:
         """Memory that runs so far took beside weights, inputs and outputs."""

@@ -67,6 +67,7 @@ def optimize(
     verify: str = "auto",
     dry_run: bool = False,
     winograd: str = "F2",
+    outputs: str = "copy",
 ) -> OptimizedModule:
     """A copy of ``model`` that runs on fused kernels; ``model`` itself is left untouched.
 
@@ -97,6 +98,9 @@ def optimize(
         winograd: what 3x3 convolutions on the CPU may use where it is faster: ``"F2"``, Winograd's
             F(2x2, 3x3), as accurate as PyTorch; ``"F4"``, also F(4x4, 3x3), which computes less
             with an error up to twice as large (docs/kernels/conv.md); ``"off"``, neither.
+        outputs: on a GPU, ``"copy"`` results to fresh tensors, or ``"alias"``: hand them out where
+            they were computed, valid until the next call with inputs of that size, which writes
+            there; for callers that run the network from one thread and stream.
 
     Returns:
         The optimised network; its ``.report`` says what was fused, what was not and why.
@@ -126,6 +130,7 @@ def optimize(
         verify=verify,
         dry_run=dry_run,
         winograd=winograd,
+        outputs=outputs,
     )
     source = model.original if isinstance(model, OptimizedModule) else model
     with inference_mode(False):  # its tensors could not be written to outside

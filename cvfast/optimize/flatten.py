@@ -1,7 +1,7 @@
 """Flatten: a lowered program, for inputs of one size, as plans of the engine.
 
-Consecutive steps that have a kernel become one plan; what has none stays a call of torch between
-two of them.
+Consecutive steps that have a kernel become one plan. What has none stays a call of torch: on the
+CPU between two plans, for a GPU inside the plan, where that can be, so that one graph holds it all.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, fx
 
 from cvfast.engine import nodes, passes
-from cvfast.engine.nodes import Graph, Image
+from cvfast.engine.gpu import GpuPlan
+from cvfast.engine.nodes import Graph, Image, Packed, View
 from cvfast.engine.plan import Plan
+from cvfast.engine.target import Target
 from cvfast.ops.activation import activate_
 from cvfast.ops.conv import OneDnnWeight, conv_onednn
 from cvfast.ops.elementwise import ACTIVATIONS as ELEMENTWISE_ACTIVATIONS
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
-from cvfast.ops.pointwise import KERNEL_DTYPES
+from cvfast.ops.pointwise import KERNEL_DTYPES, prepack_gpu
 from cvfast.ops.pointwise import prepack as prepack_pointwise
 
+from . import operators
 from .match import read_activation
 from .report import Execution
 
 aten = torch.ops.aten
-cvfast = torch.ops.cvfast
 
 
 class Unsupported(Exception):
@@ -46,31 +48,40 @@ class Segment:
     members: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
-    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
 class _Input:
-    """A tensor that a plan takes: the node, and the strides it was planned for."""
+    """A tensor that a plan takes: the node, and the strides it was planned for, if it was."""
 
     node: fx.Node
     shape: torch.Size
-    strides: tuple[int, ...]
+    strides: tuple[int, ...] | None
 
     def fetch(self, env: dict[fx.Node, Any]) -> Tensor:
         value: Tensor = env[self.node]
-        if value.stride() != self.strides:
+        if self.strides is not None and value.stride() != self.strides:
             laid_out = torch.empty_strided(self.shape, self.strides, dtype=value.dtype)
             value = laid_out.copy_(value)
         return value.view(*value.shape, 1, 1) if value.dim() == 2 else value
 
 
 class PlannedCall:
-    """Runs a segment's plan in an environment of the program's values."""
+    """Runs a segment's plan in an environment of the program's values.
 
-    def __init__(self, segment: Segment, meta: dict[fx.Node, Any], plan: Plan) -> None:
+    With ``alias`` the results of a GPU's plan are handed out where it computed them.
+    """
+
+    def __init__(
+        self, segment: Segment, meta: dict[fx.Node, Any], plan: Plan | GpuPlan, alias: bool
+    ) -> None:
         self.plan = plan
-        self.inputs = [_Input(n, meta[n].shape, meta[n].stride()) for n in segment.inputs]
+        self.alias = alias
+        self.device = plan.device if isinstance(plan, GpuPlan) else torch.device("cpu")
+        self.inputs = [
+            _Input(n, meta[n].shape, None if isinstance(plan, GpuPlan) else meta[n].stride())
+            for n in segment.inputs
+        ]
         self.outputs = [
             (image.shape, image.memory_strides(), image.dtype) for image in segment.graph.outputs
         ]
@@ -82,15 +93,21 @@ class PlannedCall:
 
     def arguments(self, env: dict[fx.Node, Any]) -> tuple[list[Tensor], list[Tensor]]:
         inputs = [taken.fetch(env) for taken in self.inputs]
-        return inputs, [torch.empty_strided(s, t, dtype=d) for s, t, d in self.outputs]
+        device = self.device
+        return inputs, [
+            torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in self.outputs
+        ]
 
     def store(self, env: dict[fx.Node, Any], outputs: list[Tensor]) -> None:
         for node, index, shape in self.results:
             env[node] = outputs[index].view(shape)
 
     def __call__(self, env: dict[fx.Node, Any]) -> None:
-        inputs, outputs = self.arguments(env)
-        self.plan.run(inputs, outputs)
+        if self.alias and isinstance(self.plan, GpuPlan):
+            outputs = self.plan.run_in_place([taken.fetch(env) for taken in self.inputs])
+        else:
+            inputs, outputs = self.arguments(env)
+            self.plan.run(inputs, outputs)
         self.store(env, outputs)
 
 
@@ -125,7 +142,7 @@ class Schedule:
         self.frees = _last_uses(steps, output)
 
     @property
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[Plan | GpuPlan]:
         return [step.plan for step in self.steps if isinstance(step, PlannedCall)]
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
@@ -139,10 +156,12 @@ class Schedule:
 
     def describe(self) -> Execution:
         plans = self.plans
+        steps = [node for plan in plans for node in plan.graph.nodes]
+        torch_steps = sum(isinstance(node, nodes.TorchOp) for node in steps)
         return Execution(
             plans=len(plans),
-            steps=sum(len(plan.graph.nodes) for plan in plans),
-            torch_calls=len(self.steps) - len(plans),
+            steps=len(steps) - torch_steps,
+            torch_calls=len(self.steps) - len(plans) + torch_steps,
             arena_bytes=sum(plan.arena_bytes for plan in plans),
             scratch_bytes=sum(plan.scratch_bytes for plan in plans),
             bytes_copied=sum(plan.bytes_copied for plan in plans),
@@ -182,16 +201,18 @@ def _last_uses(steps: list[PlannedCall | TorchCall], output: Any) -> list[list[f
 def flatten(
     module: fx.GraphModule,
     flat: Sequence[Any],
-    threads: int,
+    target: Target,
     names: dict[fx.Node, str],
     packed: dict[Any, Any],
+    *,
+    alias: bool = False,
 ) -> Schedule | None:
     """The schedule of ``module`` for inputs like ``flat``, or None if no step of it has a kernel.
 
-    ``names`` names nodes in profiles; ``packed`` keeps what is packed here, for other sizes.
+    ``names`` names nodes in profiles; ``packed`` keeps what is packed here, for other sizes;
+    ``alias`` lets plans for a GPU hand out results in memory that the next run overwrites.
     """
-    flattener = _Flattener(module, flat, names, packed)
-    return flattener.build(threads)
+    return _Flattener(module, flat, target, names, packed).build(alias)
 
 
 class _Flattener:
@@ -199,10 +220,12 @@ class _Flattener:
         self,
         module: fx.GraphModule,
         flat: Sequence[Any],
+        target: Target,
         names: dict[fx.Node, str],
         packed: dict[Any, Any],
     ) -> None:
         self.module = module
+        self.target = target
         self.names = names
         self.packed = packed
         self.placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -212,7 +235,7 @@ class _Flattener:
         self.steps: list[Segment | TorchCall] = []
         self.padded: dict[fx.Node, tuple[fx.Node, tuple[int, int, int, int]]] = {}
 
-    def build(self, threads: int) -> Schedule | None:
+    def build(self, alias: bool) -> Schedule | None:
         output: Any = None
         for node in self.module.graph.nodes:
             if node.op == "output":
@@ -228,9 +251,14 @@ class _Flattener:
             if isinstance(step, TorchCall):
                 steps.append(step)
                 continue
-            passes.fuse(step.graph, threads)
-            steps.append(PlannedCall(step, self.meta, Plan(step.graph, threads)))
+            passes.fuse(step.graph, self.target)
+            steps.append(PlannedCall(step, self.meta, self._plan(step.graph), alias))
         return Schedule(steps, self.placeholders, self._used_constants(output), output)
+
+    def _plan(self, graph: Graph) -> Plan | GpuPlan:
+        if self.target.gpu is None:
+            return Plan(graph, self.target.threads)
+        return GpuPlan(graph, self.target.memory)
 
     def _used_constants(self, output: Any) -> dict[fx.Node, Any]:
         used: set[fx.Node] = set()
@@ -268,12 +296,31 @@ class _Flattener:
                 raise Unsupported
             image = translate(self, node)
         except Unsupported:
-            self._close()
-            self.steps.append(TorchCall(node))
-            return
+            try:
+                image = self._torch_op(node)
+            except Unsupported:
+                self._close()
+                self.steps.append(TorchCall(node))
+                return
         if image is not None:
             self.segment.images[node] = image
         self.segment.members.append(node)
+
+    def _torch_op(self, node: fx.Node) -> Image:
+        """An operator without a kernel as a step of the plan, where a CUDA graph can hold it."""
+        operator_: Any = node.target
+        operator_ = _OUT_OF_PLACE.get(operator_, operator_)
+        random = torch.Tag.nondeterministic_seeded in getattr(operator_, "tags", ())
+        if self.target.gpu is None or random or not _is_plannable(self.meta[node]):
+            raise Unsupported
+
+        def operand(source: fx.Node) -> Any:
+            if source in self.constants:
+                return self.constants[source]
+            return View(self.image(source), self.shape(source))
+
+        given = fx.map_arg((node.args, node.kwargs), operand)
+        return self.emit(node, nodes.TorchOp(self.new(node), operator_, *given))
 
     def _close(self) -> None:
         segment, self.segment = self.segment, Segment()
@@ -300,6 +347,8 @@ class _Flattener:
             pairs = list(zip(segment.inputs, graph.inputs, strict=True))
             segment.inputs = [node for node, image in pairs if image in read]
             graph.inputs = [image for image in graph.inputs if image in read]
+            if self.target.gpu is not None:
+                continue  # they lie in the plan's own memory
             for number, image in enumerate((*graph.inputs, *graph.outputs)):
                 image.strides = image.memory_strides()
                 image.external = number
@@ -311,7 +360,8 @@ class _Flattener:
         if own and image.parent is None:
             return image
         copy = Image(image.shape, image.dtype)
-        segment.graph.nodes.append(nodes.Copy(copy, image, name=node.name))
+        step = nodes.Copy(copy, image, name=node.name, backend=self.target.backend)
+        segment.graph.nodes.append(step)
         segment.images[node] = copy
         return copy
 
@@ -330,8 +380,9 @@ class _Flattener:
             value = self.meta[node]
             if not _is_plannable(value) or node in self.constants:
                 raise Unsupported
-            strides = value.stride() if value.dim() == 4 else (*value.stride(), 1, 1)
-            image = Image(_four(value.shape), value.dtype, strides=strides)
+            image = Image(_four(value.shape), value.dtype)
+            if self.target.gpu is None:
+                image.strides = (*value.stride(), 1, 1)[:4]
             self.segment.images[node] = image
             self.segment.inputs.append(node)
             self.segment.graph.inputs.append(image)
@@ -374,8 +425,21 @@ class _Flattener:
             self.packed[node] = make()
         return self.packed[node]
 
-    def emit(self, node: fx.Node, step: nodes.Node) -> Image:
+    def prepack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Packed:
+        """A matrix as the target's pointwise kernels read it."""
+        if self.target.gpu is None:
+            return (prepack_pointwise(weight, bias, dtype=dtype),)
+        return prepack_gpu(weight, bias, dtype)
+
+    def packed_site(self, given: dict[str, Any]) -> Packed:
+        """What lowering packed for a site, from the arguments of its kernel's call."""
+        names = ("packed", "weight", "bias")
+        return tuple(self.constant(given[name]) for name in names if name in given)
+
+    def emit(self, node: fx.Node, step: nodes.Node, backend: str = "") -> Image:
+        """Append a step, by the target's own backend if no other is named."""
         step.name = self.names.get(node, node.name)
+        step.backend = backend or self.target.backend
         self.segment.graph.nodes.append(step)
         return step.out
 
@@ -421,49 +485,47 @@ def _translates(*targets: Any) -> Callable[[_Translator], _Translator]:
 
 def _arguments(node: fx.Node) -> list[Any]:
     """All arguments of an operator, defaults filled in."""
-    values = []
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        default = argument.default_value if argument.has_default_value() else None
-        given = (
-            node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, default)
-        )
-        values.append(given)
-    return values
+    return list(operators.arguments(node).values())
+
+
+def _backend(node: fx.Node) -> str:
+    return operators.split_name(node.target)[1]
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
     return int(values[0]), int(values[-1])
 
 
-@_translates(cvfast.pointwise_cpu.default)
+@_translates(*operators.operators("pointwise"))
 def _pointwise(f: _Flattener, node: fx.Node) -> Image:
-    x, packed, _, stride, scale, shift, gate, residual, activation = _arguments(node)
-    if gate is not None or scale is not None or shift is not None:
+    given = operators.arguments(node)
+    if any(given[name] is not None for name in ("gate", "scale", "shift")):
         raise Unsupported
-    image = f.channels_last_image(x)
+    image, residual = f.channels_last_image(given["x"]), given["residual"]
     added = None if residual is None else f.channels_last_image(residual)
     step = nodes.Pointwise(
-        f.new(node), image, f.constant(packed), _pair(stride), residual=added,
-        activation=activation,
+        f.new(node), image, f.packed_site(given), _pair(given["stride"]), residual=added,
+        activation=given["activation"],
     )  # fmt: skip
-    return f.emit(node, step)
+    return f.emit(node, step, _backend(node))
 
 
-@_translates(cvfast.conv_cpu.default)
+@_translates(*operators.operators("conv"))
 def _conv(f: _Flattener, node: fx.Node) -> Image:
-    x, packed, residual, x2, kernel, _, stride, padding, dilation, activation = _arguments(node)
-    if x2 is not None:
+    given = operators.arguments(node)
+    if given["x2"] is not None:
         raise Unsupported
-    image, sides = f.padded_image(x, padding)
+    image, sides = f.padded_image(given["x"], given["padding"])
+    residual = given["residual"]
     added = None if residual is None else f.channels_last_image(residual)
     step = nodes.Conv(
-        f.new(node), image, f.constant(packed), added, None, _pair(kernel), _pair(stride), sides,
-        _pair(dilation), activation,
+        f.new(node), image, f.packed_site(given), added, None, _pair(given["kernel_size"]),
+        _pair(given["stride"]), sides, _pair(given["dilation"]), given["activation"],
     )  # fmt: skip
-    return f.emit(node, step)
+    return f.emit(node, step, _backend(node))
 
 
-@_translates(cvfast.depthwise_cpu.default)
+@_translates(*operators.operators("depthwise"))
 def _depthwise(f: _Flattener, node: fx.Node) -> Image:
     x, packed, kernel, stride, padding, dilation, activation = _arguments(node)
     image, sides = f.padded_image(x, padding)
@@ -471,7 +533,7 @@ def _depthwise(f: _Flattener, node: fx.Node) -> Image:
         f.new(node), image, f.constant(packed), _pair(kernel), _pair(stride), sides,
         _pair(dilation), activation,
     )  # fmt: skip
-    return f.emit(node, step)
+    return f.emit(node, step, _backend(node))
 
 
 @_translates(channels_last, channels_innermost)
@@ -525,7 +587,7 @@ def _pad(f: _Flattener, node: fx.Node) -> None:
     f.padded[node] = (x, (top, left, bottom, right))
 
 
-_PADDING_KERNELS = {cvfast.conv_cpu.default, cvfast.depthwise_cpu.default}
+_PADDING_KERNELS = {*operators.operators("conv"), *operators.operators("depthwise")}
 
 
 @_translates(activate_)
@@ -688,7 +750,7 @@ def _linear(f: _Flattener, node: fx.Node) -> Image:
     if weights.dtype != dtype:
         raise Unsupported
     image = f.channels_last_image(x)
-    packed = f.pack(node, lambda: prepack_pointwise(weights, biases, dtype=dtype))
+    packed = f.pack(node, lambda: f.prepack(weights, biases, dtype))
     return f.emit(node, nodes.Pointwise(f.new(node), image, packed))
 
 
@@ -710,9 +772,9 @@ def _transposed(f: _Flattener, node: fx.Node) -> Image:
         raise Unsupported
     image = f.channels_last_image(x)
 
-    def pack() -> list[Tensor]:
+    def pack() -> list[Packed]:
         return [
-            prepack_pointwise(weights[:, :, r, c].t().contiguous(), biases, dtype=dtype)
+            f.prepack(weights[:, :, r, c].t().contiguous(), biases, dtype)
             for r in range(kernel[0])
             for c in range(kernel[1])
         ]

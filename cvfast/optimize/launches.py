@@ -1,35 +1,38 @@
-"""Launches: the GPU kernels that one run of a program starts, counted from its graph."""
+"""Launches: the GPU kernels that one run starts, counted from plans and from graphs."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from cvfast.engine.gpu import GpuPlan
+from cvfast.engine.nodes import Call, Copy, Node, TorchOp
 from cvfast.launch import table
-from cvfast.launch.depthwise import Problem
-from cvfast.launch.depthwise import cuda as cuda_depthwise
-from cvfast.launch.depthwise import triton as triton_depthwise
 from cvfast.ops.activation import activate_
 from cvfast.ops.conv import bytes_moved as conv_bytes
 from cvfast.ops.conv import conv_torch
 from cvfast.ops.conv import flops as conv_flops
-from cvfast.ops.depthwise import bytes_moved as depthwise_bytes
-from cvfast.ops.depthwise import flops as depthwise_flops
-from cvfast.ops.depthwise import prepacked_op
 from cvfast.ops.layout import channels_innermost, channels_last, restore_layout
 from cvfast.perf.devices import Device
 
-from .capture import hint, shape_hint
+from . import operators
+from .capture import Capture, hint
+from .flatten import PlannedCall, Schedule
 from .lower import Program
+from .match import CONV2D
 
-_DEPTHWISE = {prepacked_op(backend): backend for backend in ("triton", "cuda")}
-_PARAMETERS = {"triton": triton_depthwise, "cuda": cuda_depthwise}
+aten = torch.ops.aten
+
+CONCAT = "aten::cat"
+CONCAT_COPY = "copy_layout/concat"
+"""What joins images: PyTorch's operator, and a plan's copy of a part that lies elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -37,135 +40,232 @@ class Launch:
     """One kernel on the GPU, for the example inputs.
 
     Attributes:
-        module: qualified name of the site it belongs to; empty outside of sites.
+        module: qualified name of the module it comes from; empty where there is none.
         kernel: "depthwise/cuda", or what PyTorch runs: "aten::add", "cudnn::conv".
-        config: launch parameters, where the kernel is cvfast's.
-        grid: thread blocks, where the kernel is cvfast's.
         bytes: moved at least: each input read once, the output written once.
         flops: of convolutions and linear layers, a multiply-add counted as two.
+        shape: what it computes, in words.
+        config: launch parameters, where the kernel is cvfast's.
+        grid: thread blocks, where the kernel is cvfast's.
+        dtype: of what it computes, such as "float16".
     """
 
     module: str
     kernel: str
     bytes: int
     flops: int = 0
+    shape: str = ""
     config: str = ""
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[int, ...] | None = None
+    dtype: str = "float32"
 
     def roof(self, device: Device) -> float:
-        """Seconds that the bytes take at `device`'s memory bandwidth."""
-        return self.bytes / device.dram_bandwidth
+        """Seconds that `device` takes at least, by its memory's bandwidth and its matrix units."""
+        rate = device.matrix_flops(getattr(torch, self.dtype))
+        return max(self.bytes / device.dram_bandwidth, self.flops / rate)
 
 
-def launches(program: Program, device: Device) -> list[Launch]:
+def launches(program: Program, schedule: Schedule | None, device: Device) -> list[Launch]:
     """What one run of ``program`` starts on ``device``, in order.
 
-    An operator of PyTorch counts as one kernel, a convolution's bias, addition and activation as
-    one each, as PyTorch runs them; views count as none. Conversions of layout count only where they
-    are certain.
+    ``schedule`` is its plans, in any memory; without one the program runs operator by operator.
+    Operators of PyTorch count as in :func:`eager_launches`.
     """
-    names = {site.result: site.row.module for site in program.sites}
-    return [
-        launch
-        for node in program.module.graph.nodes
-        if node.op == "call_function"
-        for launch in _of_node(node, names.get(node, ""), program.module, device)
-    ]
+    if schedule is None:
+        return list(_of_graph(program.module.graph, program.names, program.module))
+    found: list[Launch] = []
+    for step in schedule.steps:
+        if isinstance(step, PlannedCall):
+            found += _of_plan(step, device)
+        else:
+            found += _of_node(step.node, program.names.get(step.node, ""), program.module)
+    return found
 
 
-def _of_node(
-    node: fx.Node, module: str, constants: fx.GraphModule, device: Device
-) -> Iterator[Launch]:
-    target: Any = node.target
-    if target in _DEPTHWISE:
-        yield _depthwise(node, module, _DEPTHWISE[target], device)
-    elif target is conv_torch:
-        yield from _convolution(node, module, constants)
-    elif target is activate_:
-        yield Launch(module, f"aten::{node.args[1]}_", 2 * _bytes(node))
-    elif target is channels_last or (target is channels_innermost and _converts(node)):
-        yield Launch(module, "layout copy", 2 * _bytes(node))
-    elif target not in (channels_innermost, restore_layout) and not _is_free(node):
-        read = sum(_bytes(source) for source in node.all_input_nodes)
-        yield Launch(module, _name(target), read + _bytes(node), _flops(node))
+def eager_launches(capture: Capture) -> list[Launch]:
+    """What PyTorch starts to run the captured network, operator by operator.
+
+    An operator counts as one kernel, a convolution's bias as another; views count as none.
+    Conversions of layout count only where they are certain.
+    """
+    wanted = [node for node in capture.graph.nodes if node not in capture.constant_nodes]
+    return list(_of_graph(capture.graph, capture.owners, None, wanted))
 
 
-def _depthwise(node: fx.Node, module: str, backend: str, device: Device) -> Launch:
-    arguments: Any = node.args
-    x, _packed, kernel, stride, padding, dilation, _activation = arguments
-    n, c, h, w = shape_hint(x)
-    out = shape_hint(node)
-    problem = Problem(
-        n, c, h, w, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation),
-        multiplier=out[1] // c, dtype=node.meta["val"].dtype,
-    )  # fmt: skip
-    launch = table.choose("depthwise", backend, problem, "forward", device)
-    return Launch(
-        module,
-        f"depthwise/{backend}",
-        depthwise_bytes((n, c, h, w), kernel, out, problem.dtype),
-        depthwise_flops(kernel, out),
+def _of_plan(step: PlannedCall, device: Device) -> Iterator[Launch]:
+    plan = step.plan
+    assert isinstance(plan, GpuPlan)
+    for image in plan.graph.inputs:
+        yield Launch("", "copy in", 2 * image.bytes, dtype=_name(image.dtype))
+    for node, call in plan.calls():
+        yield from _of_call(node, call, device)
+    for image in plan.graph.outputs:
+        yield Launch("", "copy out", 2 * image.bytes, dtype=_name(image.dtype))
+
+
+def _of_call(node: Node, call: Call, device: Device) -> Iterator[Launch]:
+    if isinstance(node, TorchOp):
+        target, arguments, _ = call.arguments
+        out = call.outputs["out"]
+        yield from _of_torch(node.name, target, arguments, out)
+        yield Launch(node.name, "aten::copy_", 2 * _bytes(out), dtype=_name(out.dtype))
+        return
+    op, backend = operators.split_name(call.operator)
+    problem = _problem(op)(*call.arguments, **call.outputs)
+    launch = table.choose(op, backend, problem, "forward", device)
+    joins = isinstance(node, Copy) and node.is_part
+    yield Launch(
+        node.name,
+        CONCAT_COPY if joins else f"{op}/{backend}",
+        problem.bytes(),
+        problem.flops(),
+        problem.describe(),
         str(launch),
-        _PARAMETERS[backend].grid(problem, launch, "forward"),
+        table.parameters(op, backend).grid(problem, launch, "forward"),
+        _name(problem.dtype),
     )
 
 
-def _convolution(node: fx.Node, module: str, constants: fx.GraphModule) -> Iterator[Launch]:
-    arguments: Any = node.args
-    x, weight, bias, residual, *_, activation, _parameters = arguments
-    out, itemsize = shape_hint(node), node.meta["val"].dtype.itemsize
-    weight_shape = getattr(constants, weight.target).shape
-    size = prod(out) * itemsize
-    moved = conv_bytes(shape_hint(x), weight_shape, out, itemsize)
-    yield Launch(module, "cudnn::conv", moved, conv_flops(shape_hint(x), weight_shape, out))
-    if getattr(constants, bias.target) is not None:
-        yield Launch(module, "aten::add_ (bias)", 2 * size)
+_PROBLEMS = {
+    "global_pool": ("pool", "global_problem"),
+    "copy_layout": ("layout", "copy_layout_problem"),
+    "inverted_residual_squeeze": ("inverted_residual", "squeeze_problem"),
+}
+"""Where the problem of an operator is made that shares a module with another."""
+
+
+def _problem(op: str) -> Callable[..., Any]:
+    """What turns the arguments of an operator's out-variant into the problem of its launch."""
+    module, name = _PROBLEMS.get(op, (op, "problem"))
+    found: Callable[..., Any] = getattr(import_module(f"cvfast.ops.{module}"), name)
+    return found
+
+
+def _of_graph(
+    graph: fx.Graph,
+    names: dict[fx.Node, str],
+    constants: fx.GraphModule | None,
+    nodes: Sequence[fx.Node] | None = None,
+) -> Iterator[Launch]:
+    for node in graph.nodes if nodes is None else nodes:
+        if node.op == "call_function":
+            yield from _of_node(node, names.get(node, ""), constants)
+
+
+def _of_node(node: fx.Node, module: str, constants: fx.GraphModule | None) -> Iterator[Launch]:
+    target: Any = node.target
+    result = node.meta.get("val")
+    if target is channels_last or (target is channels_innermost and _converts(node)):
+        yield Launch(module, "layout copy", 2 * _bytes(result), dtype=_dtype(result))
+    elif target not in (channels_last, channels_innermost, restore_layout):
+
+        def value(source: fx.Node) -> Any:
+            if source.op == "get_attr" and constants is not None:
+                return getattr(constants, str(source.target))
+            return source.meta.get("val")
+
+        yield from _of_torch(module, target, fx.map_arg(node.args, value), result)
+
+
+def _of_torch(
+    module: str, target: Any, arguments: tuple[Any, ...], result: Any
+) -> Iterator[Launch]:
+    """The kernels that PyTorch runs for one operator."""
+    if target is conv_torch:
+        x, weight, bias, residual, *_, activation, _parameters = arguments
+        yield from _convolution(module, x, weight, bias, result, residual, activation)
+    elif target in CONV2D:
+        x, weight, bias = (*arguments[:3], None)[:3]
+        yield from _convolution(module, x, weight, bias, result)
+    elif target is activate_:
+        name = f"aten::{arguments[1]}_"
+        yield Launch(module, name, 2 * _bytes(result), dtype=_dtype(result))
+    elif not _is_free(target, arguments, result):
+        moved = _bytes(arguments) + _bytes(result)
+        kernel = str(target._schema.name)
+        shape = " ".join("x".join(map(str, s)) for s in _shapes(arguments)[:2])
+        yield Launch(
+            module, kernel, moved, _flops(target, arguments, result), shape, dtype=_dtype(result)
+        )
+
+
+def _convolution(
+    module: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    result: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Iterator[Launch]:
+    dtype, size = _dtype(result), _bytes(result)
+    x_shape, weight_shape, out_shape = _shapes((x, weight, result))
+    yield Launch(
+        module,
+        "cudnn::conv",
+        conv_bytes(x_shape, weight_shape, out_shape, result.dtype.itemsize),
+        conv_flops(x_shape, weight_shape, out_shape),
+        f"{'x'.join(map(str, x_shape))} {'x'.join(map(str, weight_shape))}",
+        dtype=dtype,
+    )
+    if bias is not None:
+        yield Launch(module, "aten::add_ (bias)", 2 * size, dtype=dtype)
     if residual is not None:
-        yield Launch(module, "aten::add_", 3 * size)
+        yield Launch(module, "aten::add_", 3 * size, dtype=dtype)
     if activation != "none":
-        yield Launch(module, f"aten::{activation}_", 2 * size)
+        yield Launch(module, f"aten::{activation}_", 2 * size, dtype=dtype)
 
 
 def _converts(node: fx.Node) -> bool:
     """Whether the node certainly changes a layout: that of one of the program's inputs."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if source.op != "placeholder" or shape_hint(source)[1] == 1:
+    value = source.meta["val"]
+    if source.op != "placeholder" or hint(value.shape[1]) == 1:
         return False
-    return hint(source.meta["val"].stride(1)) != 1
+    return hint(value.stride(1)) != 1
 
 
-def _is_free(node: fx.Node) -> bool:
-    """Whether the node computes no tensor of its own: views, sizes, elements of tuples."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+def _is_free(target: Any, arguments: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operator computes no tensor of its own: views, sizes, elements of tuples."""
+    if not isinstance(target, torch._ops.OpOverload):
         return True
-    if node.target in (operator.getitem,) or not _tensors(node):
+    if target is operator.getitem or not _tensors(result):
         return True
-    schema = node.target._schema
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    if target is aten.dropout.default and not arguments[2]:
+        return True
+    returns = target._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _name(target: Any) -> str:
-    return str(target._schema.name)
-
-
-def _flops(node: fx.Node) -> int:
-    """Of an operator that the program took over as it was."""
-    aten = torch.ops.aten
-    if node.target not in (aten.linear.default, aten.conv2d.default):
+def _flops(target: Any, arguments: tuple[Any, ...], result: Any) -> int:
+    if target not in (aten.linear.default, aten.conv_transpose2d.input):
         return 0
-    source, weight = node.args[:2]
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-    if node.target is aten.conv2d.default:
-        return conv_flops(shape_hint(source), shape_hint(weight), shape_hint(node))
-    return 2 * prod(shape_hint(node)) * shape_hint(weight)[1]
+    x, weight = arguments[:2]
+    if target is aten.linear.default:
+        return 2 * prod(map(hint, result.shape)) * hint(weight.shape[1])
+    return 2 * prod(map(hint, x.shape)) * prod(map(hint, weight.shape[1:]))
 
 
-def _tensors(node: fx.Node) -> list[Tensor]:
-    value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    return [v for v in values if isinstance(v, Tensor)]
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (list, tuple)):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
 
 
-def _bytes(node: fx.Node) -> int:
-    return sum(prod(map(hint, t.shape)) * t.dtype.itemsize for t in _tensors(node))
+def _shapes(values: Any) -> list[tuple[int, ...]]:
+    return [tuple(map(hint, t.shape)) for t in _tensors(values)]
+
+
+def _bytes(values: Any) -> int:
+    return sum(prod(map(hint, t.shape)) * t.dtype.itemsize for t in _tensors(values))
+
+
+def _dtype(values: Any) -> str:
+    return _name(next((t.dtype for t in _tensors(values)), torch.float32))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

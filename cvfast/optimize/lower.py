@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from cvfast import backends, extension
+from cvfast import backends, env, extension
+from cvfast.engine.target import CPU, Target
 from cvfast.launch.depthwise import Problem
 from cvfast.launch.depthwise.cuda import tileable
 from cvfast.ops.activation import activate_
@@ -30,18 +31,19 @@ from cvfast.ops.conv import (
     onednn_unsupported,
 )
 from cvfast.ops.conv import prepack as prepack_conv
+from cvfast.ops.conv import prepack_gpu as prepack_conv_gpu
 from cvfast.ops.depthwise import ACTIVATIONS as DEPTHWISE_ACTIVATIONS
-from cvfast.ops.depthwise import KERNEL_BACKENDS as DEPTHWISE_BACKENDS
 from cvfast.ops.depthwise import KERNEL_DTYPES as DEPTHWISE_DTYPES
 from cvfast.ops.depthwise import prepack as prepack_depthwise
-from cvfast.ops.depthwise import prepacked_op as depthwise_op
 from cvfast.ops.fold import fold_batch_norm
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
 from cvfast.ops.pointwise import ACTIVATIONS as POINTWISE_ACTIVATIONS
 from cvfast.ops.pointwise import KERNEL_DTYPES as POINTWISE_DTYPES
 from cvfast.ops.pointwise import prepack as prepack_pointwise
-from cvfast.perf import nvtx
+from cvfast.ops.pointwise import prepack_gpu as prepack_pointwise_gpu
+from cvfast.perf import devices, nvtx
 
+from . import operators
 from .capture import Capture, shape_hint
 from .flatten import Schedule, flatten
 from .match import Leftover, Site, find_sites, read_activation
@@ -49,13 +51,13 @@ from .options import Options
 from .report import Row, skipped
 
 aten = torch.ops.aten
-POINTWISE = torch.ops.cvfast.pointwise_cpu.default
-CONV = torch.ops.cvfast.conv_cpu.default
 
-_CHANNELS_LAST_RESULT = {
-    conv_onednn, channels_last, POINTWISE, CONV,
-    *(depthwise_op(backend) for backend in DEPTHWISE_BACKENDS),
-}  # fmt: skip
+_KERNELS = {
+    target for op in ("pointwise", "conv", "depthwise") for target in operators.operators(op)
+}
+"""Cvfast's own, which yield fresh memory."""
+
+_CHANNELS_LAST_RESULT = {conv_onednn, channels_last, *_KERNELS}
 """What yields channels-last memory whatever it is given."""
 
 _KEEP_LAYOUT = {
@@ -107,8 +109,10 @@ MAX_SCHEDULES = 8
 class Program:
     """An executable graph with packed weights, bound to the module whose weights it runs.
 
-    On the CPU it runs as plans of the engine (``planned``), made for each size of the inputs.
-    Safe to run from several threads; :meth:`refresh` is not to run beside them.
+    Where the engine serves its device (``planned``) it runs as plans, made for each size of the
+    inputs; ``gpu`` is the GPU whose kernels they call, None on the CPU. ``names`` are of modules
+    that nodes come from. Safe to run from several threads; :meth:`refresh` is not to run beside
+    them.
     """
 
     capture: Capture
@@ -117,6 +121,10 @@ class Program:
     sites: list[LoweredSite]
     model: str = ""
     planned: bool = False
+    device: torch.device = CPU
+    gpu: devices.Device | None = None
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    alias: bool = False
     _schedules: dict[Any, Schedule | None] = field(default_factory=dict)
     _packed: dict[Any, Any] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -145,7 +153,11 @@ class Program:
     def schedule(self, flat: Sequence[Any]) -> Schedule | None:
         """The plans for inputs like these; None if there is no kernel for any step."""
         sizes = tuple((v.shape, v.stride()) for v in flat if isinstance(v, Tensor))
-        key = (sizes, torch.get_num_threads(), extension.selected_cpu_isa())
+        if self.gpu is None:
+            key = (sizes, torch.get_num_threads(), extension.selected_cpu_isa())
+        else:
+            # A graph keeps the rounding that was chosen when it was captured.
+            key = (sizes, torch.backends.cudnn.allow_tf32, None)
         try:
             return self._schedules[key]
         except KeyError:
@@ -157,11 +169,15 @@ class Program:
                 self._schedules[key] = self._flatten(flat)
             return self._schedules[key]
 
+    def flatten(self, flat: Sequence[Any], memory: torch.device) -> Schedule | None:
+        """Plans for inputs like these, in ``memory``: on ``meta``, to be looked at only."""
+        target = Target(torch.get_num_threads(), self.gpu, memory)
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return flatten(self.module, flat, target, self.names, self._packed, alias=self.alias)
+
     def _flatten(self, flat: Sequence[Any]) -> Schedule | None:
-        names = {site.result: site.row.module for site in self.sites}
         try:
-            with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-                return flatten(self.module, flat, torch.get_num_threads(), names, self._packed)
+            return self.flatten(flat, self.device)
         except Exception as error:
             warnings.warn(
                 f"cvfast cannot plan {self.model}, which runs operator by operator; please report "
@@ -233,9 +249,15 @@ class _Lowering:
         self.attributes: list[str] = []
         self.constants: dict[fx.Node, fx.Node] = {}
         self.packed: list[tuple[list[str], Site, _Call]] = []
+        self.names: dict[fx.Node, str] = {}
         self.sites = sites
         self.planned = torch.device("cuda") if options.target is not None else None
-        self.use_channels_last = _use_channels_last(str(options.memory_format), self.planned, sites)
+        self.gpu = _gpu(options, sites)
+        self.use_channels_last = _use_channels_last(
+            str(options.memory_format), self.planned, self.gpu is not None, sites
+        )
+        if not self.use_channels_last:
+            self.gpu = None
 
     def build(self, leftovers: list[Leftover]) -> Program:
         rows: dict[fx.Node, Row] = {}
@@ -256,6 +278,7 @@ class _Lowering:
             if node in ends:
                 site, call = ends[node]
                 self.env[node] = self._emit(site, call)
+                self.names[self.env[node]] = rows[site.conv].module
                 lowered.append(LoweredSite(rows[site.conv], node, self.env[node]))
             elif node in inside or node in self.capture.constant_nodes:
                 continue
@@ -268,22 +291,24 @@ class _Lowering:
         module = fx.GraphModule(root, self.graph)
         ordered = [rows[node] for node in self.capture.graph.nodes if node in rows]
         program = Program(
-            self.capture, module, ordered, lowered, type(self.source).__name__, self._is_planned()
-        )
+            self.capture, module, ordered, lowered, type(self.source).__name__,
+            planned=self._is_planned(), gpu=self.gpu, names=self.names,
+            alias=self.options.outputs == "alias",
+        )  # fmt: skip
+        if self.sites:
+            program.device = self.sites[0].device
         self._attach(program)
         program.refresh(self.source)
         module.recompile()
         return program
 
     def _is_planned(self) -> bool:
-        devices = {site.device.type for site in self.sites}
-        return (
-            self.options.backend in ("auto", "cpu")
-            and self.options.target is None
-            and devices == {"cpu"}
-            and self.use_channels_last
-            and bool(extension.load("cpu"))
-        )
+        if len({site.device for site in self.sites}) != 1 or not self.use_channels_last:
+            return False
+        if self.options.target is not None or self.gpu is not None:
+            return self.options.target is None
+        on_cpu = self.sites[0].device.type == "cpu"
+        return on_cpu and self.options.backend in ("auto", "cpu") and bool(extension.load("cpu"))
 
     def _name(self, module: str) -> str:
         return f"{self.prefix}.{module}" if self.prefix and module else self.prefix or module
@@ -408,6 +433,8 @@ class _Lowering:
             return
         copied = self.graph.node_copy(node, self._value)
         self.env[node] = copied
+        if node in self.capture.owners:
+            self.names[copied] = self._name(self.capture.owners[node])
         if node.op == "placeholder":
             self.placeholders[node] = copied
         if node.target in _KEEP_LAYOUT:
@@ -431,7 +458,7 @@ class _Lowering:
 
     def _reuse_memory(self) -> None:
         """Let an elementwise step overwrite its argument where it is the sole reader."""
-        kernels = (conv_onednn, conv_torch, POINTWISE, CONV)
+        kernels = (conv_onednn, conv_torch, *_KERNELS)
         for node in list(self.graph.nodes):
             if node.op != "call_function" or read_activation(node) is None:
                 continue
@@ -517,14 +544,29 @@ def _in_place(target: Any) -> Any:
     return overload or target
 
 
-def _use_channels_last(memory_format: str, planned: torch.device | None, sites: list[Site]) -> bool:
+def _gpu(options: Options, sites: list[Site]) -> devices.Device | None:
+    """The GPU whose kernels the program calls; None if it calls none, or none of Triton's, which
+    every plan needs between its convolutions. Interpreted kernels are asked for by name."""
+    if options.backend not in ("auto", "triton", "cuda"):
+        return None
+    if options.target is not None or not sites:
+        return options.target
+    first = sites[0].conv.meta["val"]
+    interpreted = options.backend != "auto" and first.device.type == "cpu"
+    served = env.on_cpu("triton") if interpreted else first.is_cuda
+    return devices.for_tensor(first) if served and extension.load("triton") else None
+
+
+def _use_channels_last(
+    memory_format: str, planned: torch.device | None, has_kernels: bool, sites: list[Site]
+) -> bool:
     """``auto`` is channels-last on the CPU, and on GPUs where tensor cores work on half precision
-    or a depthwise kernel asks for it."""
+    or cvfast's kernels ask for it."""
     if memory_format != "auto":
         return memory_format == "channels_last"
     half = (torch.float16, torch.bfloat16)
-    depthwise = any(site.is_depthwise and site.dtype in DEPTHWISE_DTYPES for site in sites)
-    return depthwise or all(
+    served = has_kernels and any(site.dtype in POINTWISE_DTYPES for site in sites)
+    return served or all(
         (planned or site.device).type == "cpu" or site.dtype in half for site in sites
     )
 
@@ -558,8 +600,11 @@ def _candidates(
     if wanted == "onednn" or (wanted == "auto" and device.type == "cpu"):
         offer(partial(_onednn_call, site), _onednn_unsupported(site, device, channels_last))
     # Without a kernel a site still gains from folding; with nothing to fold it stays as it was.
-    if wanted == "reference" or (wanted == "auto" and not calls and site.batch_norm is not None):
-        calls.append(_torch_call(site))
+    folds = wanted == "auto" and not calls and site.batch_norm is not None
+    # On a GPU that is cuDNN with what follows in passes: what a kernel must beat.
+    rivals = wanted == "auto" and options.select == "measure" and device.type == "cuda"
+    if wanted == "reference" or folds or (rivals and calls):
+        calls.append(_torch_call(site, channels_last and device.type == "cuda"))
     nobody = ("no_backend", f"backend {wanted!r} has no kernel for {site.pattern}")
     return calls, refusals[0] if refusals else nobody
 
@@ -588,12 +633,15 @@ class _Kernel(NamedTuple):
 def _own_kernel(site: Site, options: Options) -> _Kernel | None:
     """The kernel of cvfast's own for the site: with ``auto`` only where it beats oneDNN."""
     if site.is_depthwise:
-        return _Kernel("depthwise", DEPTHWISE_BACKENDS, DEPTHWISE_DTYPES, _depthwise_call)
+        backends_ = operators.backends_of("depthwise")
+        return _Kernel("depthwise", backends_, DEPTHWISE_DTYPES, _depthwise_call)
     if site.is_pointwise:
-        return _Kernel("pointwise", ("cpu",), POINTWISE_DTYPES, _pointwise_call)
+        backends_ = operators.backends_of("pointwise")
+        return _Kernel("pointwise", backends_, POINTWISE_DTYPES, _pointwise_call)
     dense = site.geometry.groups == 1 and site.geometry.kernel != (1, 1)
     if dense:
-        return _Kernel("convolution", ("cpu",), CONV_DTYPES, partial(_conv_call, options.winograd))
+        call = partial(_conv_call, options.winograd)
+        return _Kernel("convolution", operators.backends_of("conv"), CONV_DTYPES, call)
     return None
 
 
@@ -620,13 +668,14 @@ def _onednn_unsupported(
 def _own_unsupported(
     site: Site, kernel: _Kernel, backend: str, planned: torch.device | None, channels_last: bool
 ) -> tuple[str, str] | None:
+    if planned is not None and backend not in backends.preferred(planned):
+        return ("no_backend", f"the {backend} kernel does not run on a GPU")
     if not channels_last:
         return ("layout", f"the {kernel.name} kernel needs channels-last memory")
     if site.dtype not in kernel.dtypes:
         return ("unsupported_dtype", f"the {kernel.name} kernel does not take {site.dtype}")
     if planned is not None:
-        served = backend in backends.preferred(planned)
-        return None if served else ("no_backend", f"the {backend} kernel does not run on a GPU")
+        return None
     if (reason := backends.wrong_device(backend, site.device)) is not None:
         return ("no_backend", reason.text)
     status = extension.load(backend)
@@ -639,7 +688,7 @@ def _own_call(
     op: Any,
     activations: Sequence[str],
     pack: Callable[[Tensor, Tensor | None], tuple[Any, ...]],
-    arguments: Callable[[fx.Node, fx.Node, fx.Node | None, str], tuple[Any, ...]],
+    arguments: Callable[[fx.Node, list[fx.Node], fx.Node | None, str], tuple[Any, ...]],
 ) -> _Call:
     """A call of one of cvfast's own kernels; an activation that it lacks follows as a pass.
 
@@ -652,7 +701,7 @@ def _own_call(
         graph: fx.Graph, constants: list[fx.Node], x: fx.Node, residual: fx.Node | None
     ) -> fx.Node:
         name = activation.name if fused else "none"
-        result = graph.call_function(op, arguments(x, constants[0], residual, name))
+        result = graph.call_function(op, arguments(x, constants, residual, name))
         if fused:
             return result
         return graph.call_function(activate_, (result, activation.name, activation.parameters))
@@ -670,14 +719,16 @@ def _depthwise_call(site: Site, backend: str) -> _Call:
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         return (prepack_depthwise(weight, bias, multiplier=multiplier),)
 
-    def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
+    def arguments(
+        x: fx.Node, packed: list[fx.Node], residual: fx.Node | None, activation: str
+    ) -> Any:
         assert residual is None
         return (
-            x, packed, list(geometry.kernel), list(geometry.stride), list(geometry.padding),
+            x, packed[0], list(geometry.kernel), list(geometry.stride), list(geometry.padding),
             list(geometry.dilation), activation,
         )  # fmt: skip
 
-    op = depthwise_op(backend)
+    op = operators.operator("depthwise", backend)
     return _own_call(site, backend, op, DEPTHWISE_ACTIVATIONS, pack, arguments)
 
 
@@ -685,13 +736,19 @@ def _pointwise_call(site: Site, backend: str) -> _Call:
     out_channels, stride = shape_hint(site.conv)[1], list(site.geometry.stride)
 
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        return (prepack_pointwise(weight, bias, dtype=site.dtype),)
+        if backend == "cpu":
+            return (prepack_pointwise(weight, bias, dtype=site.dtype),)
+        return prepack_pointwise_gpu(weight, bias, site.dtype)
 
-    def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
+    def arguments(
+        x: fx.Node, packed: list[fx.Node], residual: fx.Node | None, activation: str
+    ) -> Any:
         prologue = (None, None, None)  # scale, shift, gate
-        return (x, packed, out_channels, stride, *prologue, residual, activation)
+        weights = _weights(packed, backend)
+        return (x, *weights, out_channels, stride, *prologue, residual, activation)
 
-    return _own_call(site, backend, POINTWISE, POINTWISE_ACTIVATIONS, pack, arguments)
+    op = operators.operator("pointwise", backend)
+    return _own_call(site, backend, op, POINTWISE_ACTIVATIONS, pack, arguments)
 
 
 def _conv_call(winograd: str, site: Site, backend: str) -> _Call:
@@ -699,19 +756,29 @@ def _conv_call(winograd: str, site: Site, backend: str) -> _Call:
     algorithm = _conv_algorithm(site, winograd)
 
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        if backend != "cpu":
+            return prepack_conv_gpu(weight, bias, site.dtype)
         # A transform would spread a NaN among the weights over its kernel.
         finite = algorithm == "direct" or bool(weight.isfinite().all())
         chosen = algorithm if finite else "direct"
         return (prepack_conv(weight, bias, algorithm=chosen, dtype=site.dtype),)
 
-    def arguments(x: fx.Node, packed: fx.Node, residual: fx.Node | None, activation: str) -> Any:
+    def arguments(
+        x: fx.Node, packed: list[fx.Node], residual: fx.Node | None, activation: str
+    ) -> Any:
         x2 = None
         return (
-            x, packed, residual, x2, list(geometry.kernel), out_channels, list(geometry.stride),
-            list(geometry.padding), list(geometry.dilation), activation,
+            x, *_weights(packed, backend), residual, x2, list(geometry.kernel), out_channels,
+            list(geometry.stride), list(geometry.padding), list(geometry.dilation), activation,
         )  # fmt: skip
 
-    return _own_call(site, backend, CONV, CONV_ACTIVATIONS, pack, arguments)
+    op = operators.operator("conv", backend)
+    return _own_call(site, backend, op, CONV_ACTIVATIONS, pack, arguments)
+
+
+def _weights(packed: list[fx.Node], backend: str) -> list[fx.Node]:
+    """A matrix kernel's packed operands: one on the CPU, weight and bias on a GPU."""
+    return packed[:1] if backend == "cpu" else packed
 
 
 def _onednn_call(site: Site) -> _Call:
@@ -735,10 +802,12 @@ def _onednn_call(site: Site) -> _Call:
     return _Call("onednn", emit, pack, passes=int(not fused))
 
 
-def _torch_call(site: Site) -> _Call:
+def _torch_call(site: Site, channels_last: bool) -> _Call:
     geometry, activation = site.geometry, site.activation
 
     def pack(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        if channels_last:  # cuDNN would convert it on each call
+            weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, bias
 
     def emit(

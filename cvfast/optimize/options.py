@@ -35,6 +35,7 @@ class Options:
     verify: str = "auto"
     dry_run: bool = False
     winograd: str = "F2"
+    outputs: str = "copy"
     target: Device | None = None
 
     def __post_init__(self) -> None:
@@ -42,6 +43,7 @@ class Options:
         _one_of("select", self.select, ("heuristic", "measure"))
         _one_of("on_unsupported", self.on_unsupported, ("skip", "raise"))
         _one_of("winograd", self.winograd, ("F2", "F4", "off"))
+        _one_of("outputs", self.outputs, ("copy", "alias"))
         _one_of("verify", self.verify, ("auto", "layers", "off"))
         if isinstance(self.memory_format, torch.memory_format):
             name = _TORCH_FORMATS.get(self.memory_format, self.memory_format)

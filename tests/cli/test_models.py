@@ -50,10 +50,11 @@ def test_inspect_json(run, tiny):
 def test_inspect_plans_for_a_gpu_that_is_not_there(run, tiny, tmp_path):
     page = tmp_path / "report.html"
     gpu = ("inspect", tiny, "--size", 16, "--device", "cuda")
-    result = run(*gpu, "--arch", "RTX 4090", "--launches", "--html", page)
+    result = run(*gpu, "--gpu", "RTX 4090", "--launches", "--html", page)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0].split()[:2] == ["module", "kernel"]
-    assert "cudnn::conv" in result.stdout
+    assert "conv/triton" in result.stdout
+    assert "unfused" in result.stdout
     assert "NVIDIA GeForce RTX 4090" in result.stdout
     assert page.read_text().startswith("<!doctype html>")
     assert "coverage" in run(*gpu).stdout
@@ -63,7 +64,7 @@ def test_inspect_plans_for_a_gpu_that_is_not_there(run, tiny, tmp_path):
     assert "choose from" in unknown.stderr
 
 
-@pytest.mark.parametrize("option", [("--arch", "sm_90"), ("--dtype", "float16"), ("--launches",)])
+@pytest.mark.parametrize("option", [("--gpu", "sm_90"), ("--dtype", "float16"), ("--launches",)])
 def test_options_of_a_plan_are_refused_without_it(run, tiny, option):
     result = run("inspect", tiny, *option)
     assert result.exit_code == 2

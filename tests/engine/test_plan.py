@@ -85,7 +85,7 @@ def test_profile_computes_and_times_every_step() -> None:
 def test_a_call_that_is_refused_ends_the_recording() -> None:
     graph = chain(2)
     x = graph.inputs[0]
-    packed = prepack(torch.zeros(8, 99, 1, 1), dtype=torch.float32)
+    packed = (prepack(torch.zeros(8, 99, 1, 1), dtype=torch.float32),)
     graph.nodes.insert(0, Pointwise(Image((1, 8, 5, 6), x.dtype), x, packed))
     with pytest.raises(RuntimeError, match="prepack"):
         Plan(graph, 1)
