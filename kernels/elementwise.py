@@ -48,10 +48,7 @@ def _elementwise(
     if OP != "none":
         at = matmul.offsets(index, plane, width, y_image, y_row, y_pixel, Y_EVENLY_SPACED) * ALIGN
         other = tl.load(y + at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        if OP == "add":
-            value = value + other
-        else:
-            value = value * other
+        value = value + other if OP == "add" else value * other
     value = epilogue.activate(value, ACTIVATION)
     at = matmul.offsets(index, plane, width, out_image, out_row, out_pixel, EVENLY_SPACED) * ALIGN
     target = out + at[:, None] + channel[None, :]
@@ -84,9 +81,7 @@ def forward(
     strides = [[image.stride(axis) for axis in (0, 2, 3)] for image in images]
     align = _align(problem, [stride for three in strides for stride in three])
     evenly = [_evenly_spaced(problem, *three) for three in strides]
-    constants = _constants(
-        problem, launch, activation, align, evenly[0] and evenly[2], evenly[1]
-    )
+    constants = _constants(problem, launch, activation, align, evenly[0] and evenly[2], evenly[1])
     with torch.cuda.device_of(x):
         _elementwise[launches.grid(problem, launch, "forward")](
             x, images[1], x if scale is None else scale, x if shift is None else shift, out,
@@ -129,7 +124,5 @@ def source(
     """What Triton compiles for a launch on contiguous, aligned tensors, and its options."""
     launches.validate(problem, launch, pass_)
     dtypes = [problem.dtype] * 2 + [torch.float32] * 2 + [problem.dtype]
-    constants = _constants(
-        problem, launch, activation, _align(problem, []), True, not problem.gate
-    )
+    constants = _constants(problem, launch, activation, _align(problem, []), True, not problem.gate)
     return compiler.source(_elementwise, dtypes, constants), {"num_warps": launch.num_warps}

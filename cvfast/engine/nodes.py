@@ -211,11 +211,12 @@ class Depthwise(Node):
 
 @dataclass(eq=False)
 class TransposedConv(Node):
-    """A transposed convolution whose stride is its kernel: a pointwise one per tap, each of which
-    writes every stride-th pixel of every stride-th row."""
+    """A transposed convolution whose stride is its kernel: ``cvfast::upconv_*``; on the CPU a
+    pointwise one per tap, each of which writes every stride-th pixel of every stride-th row.
+    ``packed`` is of each tap, or of all together for a GPU."""
 
     x: Image
-    taps: list[Packed]
+    packed: list[Packed]
     kernel_size: tuple[int, int]
 
     def flops(self) -> int:
@@ -223,10 +224,12 @@ class TransposedConv(Node):
 
     def calls(self, tensor: Tensors) -> list[Call]:
         x, out = tensor(self.x), tensor(self.out)
+        if self.backend != "cpu":
+            return [self._call("upconv", x, *self.packed[0], self.kernel_size, out=out)]
         rows, columns = self.kernel_size
         surroundings = ((1, 1), None, None, None, None, "none")
         calls = []
-        for tap, packed in enumerate(self.taps):
+        for tap, packed in enumerate(self.packed):
             to = out[:, :, tap // columns :: rows, tap % columns :: columns]
             calls.append(self._call("pointwise", x, *packed, *surroundings, out=to))
         return calls

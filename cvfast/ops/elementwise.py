@@ -43,7 +43,7 @@ def reference(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """What `cvfast::elementwise_cpu` and `_triton` compute, in plain PyTorch: any device, dtype and layout.
+    """What `cvfast::elementwise_*` compute, in plain PyTorch: any device, dtype and layout.
 
     Args:
         x: [N, C, H, W]; the kernel takes float32, bfloat16 and float16, channels-last (adjacent

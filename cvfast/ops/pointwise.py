@@ -409,26 +409,32 @@ for _operator in (torch.ops.cvfast.pointwise_cpu, torch.ops.cvfast.pointwise_tri
         _library.impl(_overload, _refusal, "Autograd", with_keyset=True)
 
 
-def _problem(
+def problem(
     x: Tensor,
-    out_channels: int,
+    weight: Tensor,
+    bias: Tensor,
     stride: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
     *,
-    prologue: bool,
-    gate: bool,
-    residual: bool,
+    out: Tensor,
 ) -> Problem:
+    """What `cvfast::pointwise_triton` chooses its launch parameters by; arguments are its."""
+    del weight, bias, shift, activation
     batch, channels, height, width = x.shape
     return Problem(
         batch,
         channels,
-        out_channels,
+        out.shape[1],
         height,
         width,
         stride=(stride[0], stride[1]),
-        prologue=prologue,
-        gate=gate,
-        residual=residual,
+        prologue=scale is not None,
+        gate=gate is not None,
+        residual=residual is not None,
         dtype=x.dtype,
         tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
     )
@@ -482,13 +488,10 @@ def _launch(
     from cvfast.kernels import pointwise as kernels
 
     _validate_packed(x, weight, bias, stride, scale, shift, gate, residual, out)
-    problem = _problem(
-        x, out.shape[1], stride, prologue=scale is not None, gate=gate is not None,
-        residual=residual is not None,
-    )  # fmt: skip
+    call = problem(x, weight, bias, stride, scale, shift, gate, residual, activation, out=out)
     if launch is None:
-        launch = table.choose("pointwise", "triton", problem, "forward", devices.for_tensor(x))
-    kernels.forward(x, weight, bias, scale, shift, gate, residual, out, problem, launch, activation)
+        launch = table.choose("pointwise", "triton", call, "forward", devices.for_tensor(x))
+    kernels.forward(x, weight, bias, scale, shift, gate, residual, out, call, launch, activation)
 
 
 def _validate_packed(

@@ -26,6 +26,7 @@ from cvfast.ops.elementwise import ACTIVATIONS as ELEMENTWISE_ACTIVATIONS
 from cvfast.ops.layout import channels_innermost, channels_last, is_channels_last, restore_layout
 from cvfast.ops.pointwise import KERNEL_DTYPES, prepack_gpu
 from cvfast.ops.pointwise import prepack as prepack_pointwise
+from cvfast.ops.upconv import prepack_gpu as prepack_upconv
 
 from . import operators
 from .match import read_activation
@@ -773,6 +774,8 @@ def _transposed(f: _Flattener, node: fx.Node) -> Image:
     image = f.channels_last_image(x)
 
     def pack() -> list[Packed]:
+        if f.target.gpu is not None:
+            return [prepack_upconv(weights, biases, dtype)]
         return [
             f.prepack(weights[:, :, r, c].t().contiguous(), biases, dtype)
             for r in range(kernel[0])

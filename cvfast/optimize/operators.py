@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from cvfast.ops import conv, depthwise, elementwise, inverted_residual, pointwise, pool
+from cvfast.ops import conv, depthwise, elementwise, inverted_residual, layout, pointwise, pool
+from cvfast.ops import upconv as upconv
 
 # These define the operators.
-__all__ = ["conv", "depthwise", "elementwise", "inverted_residual", "pointwise", "pool"]
+__all__ = [
+    "conv", "depthwise", "elementwise", "inverted_residual", "layout", "pointwise", "pool",
+    "upconv",
+]  # fmt: skip
 
 BACKENDS = ("cpu", "triton", "cuda")
 
