@@ -167,7 +167,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "mobilenet_v2": (lambda: first_blocks("mobilenet_v2", 4), (13, 10)),
     "mobilenet_v3": (lambda: first_blocks("mobilenet_v3_large", 5), (14, 11)),
     "efficientnet": (efficientnet, (13, 10)),
-    "unet": (lambda: narrow(UNet(), 8), (16, 16)),
+    "unet": (lambda: narrow(UNet(), 16), (16, 16)),
     "fcn": (fcn, (16, 18)),
 }
 
