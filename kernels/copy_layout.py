@@ -48,7 +48,7 @@ def _copy(
     SOURCE: tl.constexpr, TARGET: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One tile. `pixels` are of all images, `plane` of one."""
-    blocks = tl.cdiv(channels, CHANNELS)
+    blocks = (channels + CHANNELS - 1) // CHANNELS
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     index = tl.program_id(0) // blocks * PIXELS + tl.arange(0, PIXELS)
     mask = (index < pixels)[:, None] & (channel < channels)[None, :]

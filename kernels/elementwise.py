@@ -34,7 +34,7 @@ def _elementwise(
     """One tile; strides in units of ALIGN elements, as is `channels`. `pixels` are of all images,
     `plane` of one."""
     total = channels * ALIGN
-    blocks = tl.cdiv(total, CHANNELS)
+    blocks = (total + CHANNELS - 1) // CHANNELS
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     index = tl.program_id(0) // blocks * PIXELS + tl.arange(0, PIXELS)
     inside = channel < total

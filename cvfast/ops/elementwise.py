@@ -165,6 +165,7 @@ def _run(
 
 @torch.library.impl(_library, "elementwise_triton", "CompositeExplicitAutograd")
 def _elementwise_triton(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+    problem(x, *rest, **more)
     out = _elementwise_fake(x)
     _run(x, *rest, **more, out=out)
     return out
