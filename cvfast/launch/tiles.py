@@ -126,10 +126,12 @@ _NOT_OVERLAPPED, _STEP = 0.25, 60
 # Cycles until a load from L2 or memory arrives; to start a program and fill its first stages; of a
 # second launch, about 2 us.
 _LATENCY, _START, _SECOND_LAUNCH = 700, 1500, 4000
-# Registers of a thread for addresses and operands, beyond its sums.
-_OTHER_REGISTERS = 90
-_MAX_SUMS = 128  # a thread, of 255 registers
-_MAX_SUMS_COMMON = 32  # a thread, where operands pass through registers too
+# Registers of a thread that its sums and its copies may take: a copy of 16 bytes from x keeps an
+# address and a mask (9), one from the weights shares more (3). Beyond 210 compiled kernels spilled;
+# about 45 hold the rest.
+_MAX_REGISTERS, _REGISTERS_X, _REGISTERS_WEIGHT, _OTHER_REGISTERS = 210, 9, 3, 45
+# Sums of a thread without matrix units, whose operands pass through registers too.
+_MAX_SUMS_COMMON = 32
 
 
 def cycles(product: Product, launch: Launch, device: Device) -> float:
@@ -173,7 +175,7 @@ def _resident(product: Product, launch: Launch, device: Device) -> int:
     """Programs that a multiprocessor holds at a time."""
     limits = device.architecture
     threads = launch.num_warps * WARP
-    registers = launch.block_m * launch.block_n // threads + _OTHER_REGISTERS
+    registers = _registers(product, launch) + _OTHER_REGISTERS
     shared = max(
         launch.num_stages * _stage_bytes(product, launch),
         launch.block_m * launch.block_n * product.itemsize,  # a tile is stored through it
@@ -186,21 +188,29 @@ def _resident(product: Product, launch: Launch, device: Device) -> int:
     )
 
 
+def _registers(product: Product, launch: Launch) -> int:
+    """Of a thread, about: its sums and its copies."""
+    threads = launch.num_warps * WARP
+    copies = launch.block_k * product.itemsize / 16 / threads
+    x, weight = _REGISTERS_X * launch.block_m, _REGISTERS_WEIGHT * launch.block_n
+    return int(launch.block_m * launch.block_n / threads + copies * (x + weight))
+
+
 def _options(product: Product, device: Device) -> Iterator[Launch]:
     """Every way worth considering."""
     width = max(16, min(256, 1 << (product.columns - 1).bit_length()))
     depth = max(16, min(64, 1 << (max(product.depths) - 1).bit_length()))
-    most_sums = _MAX_SUMS if product.matrix_units else _MAX_SUMS_COMMON
     for m, n, k, warps, stages in itertools.product(
         (64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)
     ):
-        # Warpgroups of sm_90 multiply 64 rows by a multiple of 8 columns: eight warps, 128 rows.
-        if n > width or k > depth or m * n // (warps * WARP) > most_sums or m < 16 * warps:
-            continue
-        if k * product.itemsize > 128:  # the widest rows that shared memory swizzles
-            continue
         launch = Launch(m, n, k, 1, warps, stages)
-        if not _resident(product, launch, device):
+        # Warpgroups of sm_90 multiply 64 rows each: eight warps take 128. Rows of 128 bytes are the
+        # widest that shared memory swizzles.
+        if n > width or k > depth or m < 16 * warps or k * product.itemsize > 128:
+            continue
+        if not product.matrix_units and m * n > _MAX_SUMS_COMMON * warps * WARP:
+            continue
+        if _registers(product, launch) > _MAX_REGISTERS or not _resident(product, launch, device):
             continue
         tiles, steps = product.tiles(launch), product.steps(k)
         for splits in (1, 2, 4, 8, 16):
