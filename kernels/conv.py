@@ -35,7 +35,7 @@ from cvfast.launch.conv.triton import Launch
 
 from . import compiler, matmul, shares
 from .jit import jit, kernel
-from .layout import Plan, Strides, strides
+from .plan import Plan, Strides, strides
 
 
 @jit
@@ -304,16 +304,12 @@ def forward(
     workspace = bias
     if launch.splits > 1:
         workspace = bias.new_empty((launch.splits, problem.pixels, problem.columns))
-    with torch.cuda.device_of(x):
-        _conv_kernel[plan.grid](
-            x, second, weight, bias, added, out, workspace,
-            *plan.sizes, **plan.constants, **plan.options,
-        )  # fmt: skip
-        if launch.splits > 1:
-            shares.finish(
-                workspace, bias, added, out, plan.constants["OUT_ALIGN"],
-                RESIDUAL=problem.residual, ACTIVATION=activation,
-            )  # fmt: skip
+    plan.start(x, second, weight, bias, added, out, workspace)
+    if launch.splits > 1:
+        align = plan.constants["OUT_ALIGN"]
+        shares.finish(
+            workspace, bias, added, out, align, RESIDUAL=problem.residual, ACTIVATION=activation
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -370,7 +366,8 @@ def _plan(
         "BLOCK_K": launch.block_k,
     }
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return Plan(launches.grid(problem, launch, "forward"), sizes, constants, options)
+    grid = launches.grid(problem, launch, "forward")
+    return Plan("conv", _conv_kernel, grid, sizes, constants, options)
 
 
 def source(

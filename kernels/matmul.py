@@ -45,8 +45,10 @@ def offsets(
 
 @jit
 def place(image, row, column, image_stride, row_stride, pixel_stride, ALIGN: tl.constexpr):
-    """Elements from the first pixel to this one, in 64 bits; strides are in units of ALIGN elements,
-    so that the compiler knows what the offsets are multiples of."""
+    """Elements from the first pixel to this one, in 64 bits.
+
+    Strides are in units of ALIGN elements, which tells the compiler what offsets are multiples of.
+    """
     return (
         image.to(tl.int64) * (image_stride.to(tl.int64) * ALIGN)
         + row.to(tl.int64) * (row_stride.to(tl.int64) * ALIGN)

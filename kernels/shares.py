@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import matmul
 from .jit import jit, kernel
-from .layout import strides
+from .plan import Plan, strides
 
 # Two rows of four warps' 16-byte loads.
 _BLOCK_M, _BLOCK_N = 16, 64
@@ -85,10 +85,11 @@ def finish(
         constants: RESIDUAL and ACTIVATION.
     """
     shares, pixels, columns = workspace.shape
+    plane = out.shape[2] * out.shape[3]
     sizes = (out.shape[1], *strides(residual), *strides(out))
     grid = (-(-pixels // _BLOCK_M), -(-columns // _BLOCK_N))
-    add_shares[grid](
-        workspace, bias, residual, out, pixels, out.shape[2] * out.shape[3], out.shape[3],
-        columns // 16, *(size // align for size in sizes),
-        SHARES=shares, ALIGN=align, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, **constants,
-    )  # fmt: skip
+    sizes = (pixels, plane, out.shape[3], columns // 16, *(size // align for size in sizes))
+    constants = {
+        "SHARES": shares, "ALIGN": align, "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N, **constants
+    }  # fmt: skip
+    Plan("add_shares", add_shares, grid, sizes, constants, {}).start(workspace, bias, residual, out)

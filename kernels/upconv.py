@@ -29,7 +29,7 @@ from cvfast.launch.upconv.triton import Launch
 from . import compiler, matmul
 from .conv import sum_blocks
 from .jit import kernel
-from .layout import Plan, Strides, strides
+from .plan import Plan, Strides, strides
 
 
 @kernel(tensors=4)
@@ -116,10 +116,7 @@ def forward(
         )
     plan = _plan(problem, launch, strides(x), strides(out))
     if out.numel():
-        with torch.cuda.device_of(x):
-            _upconv_kernel[plan.grid](
-                x, weight, bias, out, *plan.sizes, **plan.constants, **plan.options
-            )
+        plan.start(x, weight, bias, out)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,7 +148,8 @@ def _plan(problem: Problem, launch: Launch, x: Strides, out: Strides) -> Plan:
         "BLOCK_K": launch.block_k,
     }
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return Plan(launches.grid(problem, launch, "forward"), sizes, constants, options)
+    grid = launches.grid(problem, launch, "forward")
+    return Plan("upconv", _upconv_kernel, grid, sizes, constants, options)
 
 
 def source(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cvfast.launch import depthwise, table
+from cvfast.launch import conv, depthwise, table, upconv
 from cvfast.launch.networks import layers
 
 BATCHES = (1, 256)
@@ -110,7 +110,54 @@ def _depthwise(name: str) -> Problems:
             )
 
 
-COLUMNS = (Column("depthwise", ("triton", "cuda"), _MOBILENETS, _depthwise),)
+_CONVOLUTIONAL = (
+    "resnet18",
+    "resnet50",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "unet",
+    "fcn_resnet50",
+    *_MOBILENETS,
+)
+
+
+def _conv(name: str) -> Problems:
+    for layer in layers(name):
+        if layer.kind != "conv" or layer.pointwise:
+            continue
+        # What is concatenated are halves, a skip connection and what was upsampled to its size.
+        second = layer.channels // 2 if layer.two_sources else 0
+        yield (
+            conv.Problem(
+                1,
+                layer.channels - second,
+                layer.height,
+                layer.width,
+                layer.out_channels,
+                layer.kernel,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                second,
+                layer.residual,
+            ),
+            layer.activation,
+        )
+
+
+def _upconv(name: str) -> Problems:
+    for layer in layers(name):
+        if layer.kind == "transposed" and layer.kernel == layer.stride:
+            size = (layer.channels, layer.height, layer.width)
+            yield upconv.Problem(1, *size, layer.out_channels, layer.kernel), "none"
+
+
+COLUMNS = (
+    Column("depthwise", ("triton", "cuda"), _MOBILENETS, _depthwise),
+    Column("conv", ("triton",), _CONVOLUTIONAL, _conv),
+    Column("upconv", ("triton",), ("unet",), _upconv),
+)
 """Every operator with GPU kernels."""
 
 OPS = tuple(column.op for column in COLUMNS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -114,19 +113,25 @@ def grid(op: str, product: Product, launch: Launch) -> tuple[int]:
     return (programs,)
 
 
-# Operations of the matrix units per cycle and multiprocessor, 16-bit with float32 sums, by compute
-# capability: dense rates of NVIDIA's data sheets over multiprocessors and boost clock.
+# By compute capability. Operations of the matrix units per cycle and multiprocessor, 16-bit with
+# float32 sums: dense rates of NVIDIA's data sheets over multiprocessors and boost clock.
 _MATRIX_FLOPS = {(8, 0): 2048, (8, 6): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
-# Bytes a cycle that a multiprocessor gets from L2 while all of them load. 600 TFLOP/s, which good
-# matrix products in Triton reach on an H100, take 38 in tiles of 128 x 128.
-_L2_BYTES = 40
-# Cycles until a load from L2 or memory arrives; to start a program and fill its first stages; and of
-# a second launch, about 2 us.
+# Bytes a cycle that a multiprocessor gets from L2 while all of them load; assumptions. Good matrix
+# products in Triton reach some 600 TFLOP/s on an H100, which take 38 in tiles of 128 x 128; the L2
+# of GeForce cards delivers some 5 TB/s.
+_L2_BYTES = {(8, 0): 32, (8, 6): 16, (8, 9): 16, (9, 0): 40, (10, 0): 40, (12, 0): 16}
+# Multiplying and loading overlap, but for this share of the shorter of them; and each step costs
+# barriers and addresses.
+_NOT_OVERLAPPED, _STEP = 0.25, 60
+# Cycles until a load from L2 or memory arrives; to start a program and fill its first stages; of a
+# second launch, about 2 us.
 _LATENCY, _START, _SECOND_LAUNCH = 700, 1500, 4000
-# Registers of a thread for addresses and operands, beyond its sums.
-_OTHER_REGISTERS = 90
-_MAX_SUMS = 128  # a thread, of 255 registers
-_MAX_SUMS_COMMON = 32  # a thread, where operands pass through registers too
+# Registers of a thread that its sums and its copies may take: a copy of 16 bytes from x keeps an
+# address and a mask (9), one from the weights shares more (3). Beyond 210 compiled kernels spilled;
+# about 45 hold the rest.
+_MAX_REGISTERS, _REGISTERS_X, _REGISTERS_WEIGHT, _OTHER_REGISTERS = 210, 9, 3, 45
+# Sums of a thread without matrix units, whose operands pass through registers too.
+_MAX_SUMS_COMMON = 32
 
 
 def cycles(product: Product, launch: Launch, device: Device) -> float:
@@ -141,21 +146,24 @@ def cycles(product: Product, launch: Launch, device: Device) -> float:
     rounds = -(-programs // resident)
     steps = -(-product.steps(launch.block_k) // launch.splits)
     area = launch.block_m * launch.block_n
+    capability = device.architecture.capability
+    bandwidth = _L2_BYTES.get(capability, 16)
     if product.matrix_units:
-        rate = _MATRIX_FLOPS.get(device.architecture.capability, 512) * 2 / product.itemsize
+        rate = _MATRIX_FLOPS.get(capability, 512) * 2 / product.itemsize
     else:
-        rate = 2 * device.architecture.fp32_lanes_per_sm
+        rate = 2.0 * device.architecture.fp32_lanes_per_sm
     multiply = 2 * area * launch.block_k / rate
-    load = (launch.block_m + launch.block_n) * launch.block_k * product.itemsize / _L2_BYTES
+    load = _stage_bytes(product, launch) / bandwidth
     if product.scattered:
         load += launch.block_m * launch.block_k / WARP
+    step = max(multiply, load) + _NOT_OVERLAPPED * min(multiply, load) + _STEP
     waiting = _LATENCY / max(1, launch.num_stages - 1)
-    walk = max(programs * steps * max(multiply, load), rounds * steps * waiting)
-    store = programs * area * product.itemsize / _L2_BYTES
+    walk = steps * max(programs * step, rounds * waiting)
+    store = programs * area * product.itemsize / bandwidth
     total = walk + store + rounds * _START
     if launch.splits > 1:
         sums = launch.splits * product.rows * product.columns * 4
-        total += _SECOND_LAUNCH + 2 * sums / (_L2_BYTES * device.sms)
+        total += _SECOND_LAUNCH + 2 * sums / (bandwidth * device.sms)
     return total
 
 
@@ -167,7 +175,7 @@ def _resident(product: Product, launch: Launch, device: Device) -> int:
     """Programs that a multiprocessor holds at a time."""
     limits = device.architecture
     threads = launch.num_warps * WARP
-    registers = launch.block_m * launch.block_n // threads + _OTHER_REGISTERS
+    registers = _registers(product, launch) + _OTHER_REGISTERS
     shared = max(
         launch.num_stages * _stage_bytes(product, launch),
         launch.block_m * launch.block_n * product.itemsize,  # a tile is stored through it
@@ -180,21 +188,29 @@ def _resident(product: Product, launch: Launch, device: Device) -> int:
     )
 
 
+def _registers(product: Product, launch: Launch) -> int:
+    """Of a thread, about: its sums and its copies."""
+    threads = launch.num_warps * WARP
+    copies = launch.block_k * product.itemsize / 16 / threads
+    x, weight = _REGISTERS_X * launch.block_m, _REGISTERS_WEIGHT * launch.block_n
+    return int(launch.block_m * launch.block_n / threads + copies * (x + weight))
+
+
 def _options(product: Product, device: Device) -> Iterator[Launch]:
     """Every way worth considering."""
     width = max(16, min(256, 1 << (product.columns - 1).bit_length()))
     depth = max(16, min(64, 1 << (max(product.depths) - 1).bit_length()))
-    most_sums = _MAX_SUMS if product.matrix_units else _MAX_SUMS_COMMON
     for m, n, k, warps, stages in itertools.product(
-        (64, 128), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)
+        (64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)
     ):
-        # Warpgroups of sm_90 multiply 64 rows by a multiple of 8 columns: eight warps, 128 rows.
-        if n > width or k > depth or m * n // (warps * WARP) > most_sums or m < 16 * warps:
-            continue
-        if k * product.itemsize > 128:  # the widest rows that shared memory swizzles
-            continue
         launch = Launch(m, n, k, 1, warps, stages)
-        if not _resident(product, launch, device):
+        # Warpgroups of sm_90 multiply 64 rows each: eight warps take 128. Rows of 128 bytes are the
+        # widest that shared memory swizzles.
+        if n > width or k > depth or m < 16 * warps or k * product.itemsize > 128:
+            continue
+        if not product.matrix_units and m * n > _MAX_SUMS_COMMON * warps * WARP:
+            continue
+        if _registers(product, launch) > _MAX_REGISTERS or not _resident(product, launch, device):
             continue
         tiles, steps = product.tiles(launch), product.steps(k)
         for splits in (1, 2, 4, 8, 16):
@@ -209,11 +225,14 @@ def ranked(product: Product, device: Device) -> tuple[Launch, ...]:
     """Launch parameters by what the model says they cost, the cheapest first."""
 
     def key(launch: Launch) -> tuple[float, ...]:
-        # Of equals, the fewest shares and the least shared memory.
+        # Of equals, the fewest shares, three stages, and the least shared memory.
         return (
-            cycles(product, launch, device), launch.splits,
-            launch.num_stages * _stage_bytes(product, launch), launch.num_warps,
-        )  # fmt: skip
+            cycles(product, launch, device),
+            launch.splits,
+            abs(launch.num_stages - 3),
+            _stage_bytes(product, launch),
+            launch.num_warps,
+        )
 
     return tuple(sorted(_options(product, device), key=key))
 
@@ -232,12 +251,3 @@ def candidates(product: Product, device: Device, limit: int) -> list[Launch]:
     first = heuristic(product, device)
     others = (launch for launch in ranked(product, device) if launch != first)
     return [first, *itertools.islice(others, max(0, limit - 1))]
-
-
-def padding(product: Product, launch: Launch) -> float:
-    """Share of the multiplications that multiply padding, of rows, columns and depths."""
-    rows = -(-product.rows // launch.block_m) * launch.block_m
-    columns = -(-product.columns // launch.block_n) * launch.block_n
-    depth = product.steps(launch.block_k) * launch.block_k
-    useful = product.rows * product.columns * product.taps * sum(product.depths)
-    return 1 - useful / math.prod((rows, columns, depth))

@@ -37,10 +37,10 @@ _library.define(f"upconv_triton.out({_OPERANDS}, *, Tensor(a!) out) -> ()", tags
 def upconv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """Transposed convolution of one group whose stride is its kernel; packs the weight on each call.
+    """Transposed convolution of one group whose stride is its kernel; packs the weight each time.
 
-    out[n, k, y*R + r, x*S + s] = bias[k] + sum over c of x[n, c, y, x] * weight[c, k, r, s]. Sums of
-    the kernel are float32 in every dtype; float32 products are rounded to TF32 where
+    out[n, k, y*R + r, x*S + s] = bias[k] + sum over c of x[n, c, y, x] * weight[c, k, r, s]. The
+    kernel's sums are float32 in every dtype; float32 products are rounded to TF32 where
     ``torch.backends.cudnn.allow_tf32`` says so. Only the reference has a gradient, which ``"auto"``
     therefore takes where one is asked for.
 

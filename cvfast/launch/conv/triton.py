@@ -1,4 +1,4 @@
-"""Launch parameters of the Triton convolution; `cvfast.launch.tiles` says how they are chosen."""
+"""Launch parameters of the Triton convolution; `cvfast.launch.tiles` chooses them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Launch parameters of the Triton transposed convolution; `cvfast.launch.tiles` says how they are chosen."""
+"""Launch parameters of the Triton transposed convolution; `cvfast.launch.tiles` chooses them."""
 
 from __future__ import annotations
 
 from cvfast.launch import tiles
-from cvfast.launch.upconv import PASSES, Problem
 from cvfast.launch.tiles import Launch, Product
+from cvfast.launch.upconv import PASSES, Problem
 from cvfast.perf.devices import Device
 
 __all__ = ["Launch", "candidates", "grid", "heuristic", "product", "validate"]
