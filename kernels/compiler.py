@@ -22,21 +22,41 @@ _ELEMENTS = {
 }
 
 
+Types = torch.dtype | Sequence["Types"]
+"""Of a tensor, or of a tuple of them."""
+
+
 def source(
-    kernel: Kernel, dtypes: Sequence[torch.dtype], constants: Mapping[str, Any]
+    kernel: Kernel,
+    dtypes: Sequence[Types],
+    constants: Mapping[str, Any],
+    tuples: Mapping[str, Sequence[Any]] | None = None,
 ) -> ASTSource:
     """What Triton compiles of a kernel whose tensors are aligned to 16 bytes.
 
     Args:
-        dtypes: of its tensors, which are its first parameters.
+        dtypes: of its tensors, which are its first parameters; some may be tuples of tensors.
         constants: its constant parameters by name; what is left are 32-bit numbers.
+        tuples: those that are tuples of numbers, each as long as the ones given here.
     """
-    signature = dict.fromkeys(kernel.arg_names, "i32")
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def tensors(types: Types, *path: int) -> Any:
+        if isinstance(types, torch.dtype):
+            aligned[path] = [["tt.divisibility", 16]]
+            return _ELEMENTS[types]
+        return tuple(tensors(inner, *path, i) for i, inner in enumerate(types))
+
+    signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32")
     signature.update(dict.fromkeys(constants, "constexpr"))
-    pointers = kernel.arg_names[: len(dtypes)]
-    signature.update({n: _ELEMENTS[dtype] for n, dtype in zip(pointers, dtypes, strict=True)})
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(dtypes))}
+    signature.update({name: _numbers(values) for name, values in (tuples or {}).items()})
+    for i, (name, types) in enumerate(zip(kernel.arg_names, dtypes, strict=False)):
+        signature[name] = tensors(types, i)
     return ASTSource(kernel, signature, dict(constants), aligned)
+
+
+def _numbers(values: Any) -> Any:
+    return tuple(map(_numbers, values)) if isinstance(values, Sequence) else "i32"
 
 
 def compiled(source: ASTSource, options: Mapping[str, int], capability: int) -> CompiledKernel:

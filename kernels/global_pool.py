@@ -19,8 +19,9 @@ from cvfast.launch.global_pool import Problem
 from cvfast.launch.global_pool import triton as launches
 from cvfast.launch.global_pool.triton import Launch
 
-from . import compiler, matmul, pool
+from . import compiler, matmul
 from .jit import jit, kernel
+from .layout import strides
 
 
 @jit
@@ -36,12 +37,12 @@ def _mean(
 ):  # fmt: skip
     """CHANNELS channels of one image; strides in units of ALIGN elements, as is `channels`."""
     total = channels * ALIGN
-    blocks = tl.cdiv(total, CHANNELS)
+    blocks = (total + CHANNELS - 1) // CHANNELS
     image = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     inside_channels = channel < total
     source = x + image * x_image * ALIGN + channel[None, :]
-    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    sums = tl.full((PIXELS, CHANNELS), 0.0, tl.float32)
     for first in range(0, pixels, PIXELS):
         index = first + tl.arange(0, PIXELS)
         offset = matmul.offsets(index, pixels, width, 0, x_row, x_pixel, EVENLY_SPACED) * ALIGN
@@ -75,25 +76,24 @@ def forward(
     launches.validate(problem, launch, "forward")
     if not out.numel():
         return
-    strides = pool.strides_of(x)
-    x_image, x_row, x_pixel = strides
-    evenly = problem.height == 1 or problem.width == 1 or x_row == problem.width * x_pixel
+    x_image, x_row, x_pixel = strides(x)
     if problem.width == 1:
-        strides = [x_image, x_row, x_row]
-    out_image = pool.strides_of(out)[0]
-    align = _align(problem, [*strides, out_image])
+        x_pixel = x_row
+    evenly = problem.height == 1 or x_row == problem.width * x_pixel
+    layout = (x_image, x_row, x_pixel, strides(out)[0])
+    align = _align(problem, *layout)
     with torch.cuda.device_of(x):
         _mean[launches.grid(problem, launch, "forward")](
             x, x if scale is None else scale, x if shift is None else shift, out,
             problem.channels // align, problem.pixels, problem.width,
-            *(stride // align for stride in [*strides, out_image]),
+            *(stride // align for stride in layout),
             **_constants(problem, launch, align, evenly), num_warps=launch.num_warps,
         )  # fmt: skip
 
 
-def _align(problem: Problem, strides: list[int]) -> int:
+def _align(problem: Problem, *layout: int) -> int:
     """Elements that divide all that addresses are made of: 16 bytes' at most."""
-    return math.gcd(16 // problem.dtype.itemsize, problem.channels, *strides)
+    return math.gcd(16 // problem.dtype.itemsize, problem.channels, *layout)
 
 
 def _constants(problem: Problem, launch: Launch, align: int, evenly: bool) -> dict[str, Any]:
@@ -113,5 +113,5 @@ def source(
     del activation
     launches.validate(problem, launch, pass_)
     dtypes = [problem.dtype, torch.float32, torch.float32, problem.dtype]
-    constants = _constants(problem, launch, _align(problem, []), True)
+    constants = _constants(problem, launch, _align(problem), True)
     return compiler.source(_mean, dtypes, constants), {"num_warps": launch.num_warps}

@@ -22,6 +22,7 @@ from cvfast.launch.pool.triton import Launch
 
 from . import compiler, matmul
 from .jit import jit, kernel
+from .layout import strides
 
 
 @jit
@@ -104,8 +105,9 @@ def _pool(
 ):  # fmt: skip
     """One patch of one image; strides in units of ALIGN elements, as is `channels`."""
     total = channels * ALIGN
-    blocks, across = tl.cdiv(total, CHANNELS), tl.cdiv(out_width, COLUMNS)
-    down = tl.cdiv(out_height, ROWS)
+    blocks = (total + CHANNELS - 1) // CHANNELS
+    across = (out_width + COLUMNS - 1) // COLUMNS
+    down = (out_height + ROWS - 1) // ROWS
     program = tl.program_id(0)
     channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
     program = program // blocks
@@ -137,9 +139,7 @@ def _pool(
     offset = (
         image * out_image + row.to(tl.int64) * out_row + column.to(tl.int64) * out_pixel
     ) * ALIGN
-    tl.store(
-        out + offset[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + offset[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
 def forward(
@@ -161,25 +161,20 @@ def forward(
     launches.validate(problem, launch, "forward")
     if not out.numel():
         return
-    strides = [*strides_of(x), *strides_of(out)]
-    align = _align(problem, strides)
+    layout = [*strides(x), *strides(out)]
+    align = _align(problem, layout)
     with torch.cuda.device_of(x):
         _pool[launches.grid(problem, launch, "forward")](
             x, x if scale is None else scale, x if shift is None else shift, out,
             problem.channels // align, problem.height, problem.width, problem.out_height,
-            problem.out_width, *(stride // align for stride in strides), problem.divisor,
+            problem.out_width, *(stride // align for stride in layout), problem.divisor,
             **_constants(problem, launch, align), num_warps=launch.num_warps,
         )  # fmt: skip
 
 
-def strides_of(image: Tensor) -> list[int]:
-    """Elements between images, rows and pixels; 0 where there is but one."""
-    return [image.stride(i) if image.shape[i] > 1 else 0 for i in (0, 2, 3)]
-
-
-def _align(problem: Problem, strides: list[int]) -> int:
+def _align(problem: Problem, layout: list[int]) -> int:
     """Elements that divide all that addresses are made of: 16 bytes' at most."""
-    return math.gcd(16 // problem.dtype.itemsize, problem.channels, *strides)
+    return math.gcd(16 // problem.dtype.itemsize, problem.channels, *layout)
 
 
 def _constants(problem: Problem, launch: Launch, align: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def reference(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """What `cvfast::pool_cpu` and `pool_triton` compute, in plain PyTorch: any device, dtype and layout.
+    """What the operators `pool_*` compute, in plain PyTorch: any device, dtype and layout.
 
     Args:
         x: [N, C, H, W]; the kernel takes float32, bfloat16 and float16, channels-last (adjacent
@@ -89,7 +89,7 @@ def reference(
 
 
 def global_reference(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """What `cvfast::global_pool_cpu` and `global_pool_triton` compute: the mean over H and W, [N, C, 1, 1]."""
+    """What the operators `global_pool_*` compute: the mean over H and W, [N, C, 1, 1]."""
     return scaled(x, scale, shift).mean((2, 3), keepdim=True)
 
 
@@ -192,9 +192,7 @@ def problem(
     if kind not in KINDS:
         raise ValueError(f"cvfast::pool_triton: unknown kind {kind!r}; expected max or avg")
     if kind == "max" and (divisor_override is not None or scale is not None):
-        raise ValueError(
-            "cvfast::pool_triton: divisor_override, scale and shift are for kind avg"
-        )
+        raise ValueError("cvfast::pool_triton: divisor_override, scale and shift are for kind avg")
     if kind == "avg" and tuple(dilation) != (1, 1):
         raise ValueError(f"cvfast::pool_triton: dilation={list(dilation)}: kind avg takes 1")
     if divisor_override == 0:

@@ -75,7 +75,7 @@ def heuristic(problem: Problem, pass_: str, device: Device) -> Launch:
         problem.batch * -(-problem.channels // channels) < device.sms
     ):
         channels //= 2
-    pixels = min(_power(problem.pixels), max(1, 4096 // (channels * size)))
+    pixels = min(_power(problem.pixels), 1024, max(1, 4096 // (channels * size)))
     lanes = pixels * channels * size // 16
     launch = Launch(pixels, channels, max(1, min(8, lanes // WARP)))
     validate(problem, launch, pass_)
