@@ -31,7 +31,7 @@ from cvfast.ops.depthwise import prepack as prepack_depthwise
 from cvfast.ops.pointwise import ACTIVATIONS, KERNEL_DTYPES, prepack_gpu
 from cvfast.ops.pointwise import prepack as prepack_pointwise
 from cvfast.ops.pointwise import reference as pointwise_reference
-from cvfast.perf import devices
+from cvfast.perf import devices, predict
 
 GPU_BACKENDS = ("triton", "cuda")
 GPU_ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
@@ -367,6 +367,71 @@ def fuses(
     bands = -(-threads // max(n, 1))
     least_height = _LEAST_SQUEEZE_HEIGHT if squeeze else _LEAST_HEIGHT
     return spared > _LEAST_BYTES[expands] and out_height >= max(least_height, bands * _LEAST_BAND)
+
+
+_GPU_MARGIN = 1.2
+"""How much faster one kernel must be than three by prediction: neither was measured yet."""
+
+
+def fuses_on_gpu(problem: Problem, device: devices.Device, backend: str) -> bool:
+    """Whether a block should run faster in one kernel of a GPU than in two or three.
+
+    Fused, the hidden tensors stay out of memory, but each pixel is expanded several times and
+    fewer programs share the work: it pays where the hidden tensors are large.
+
+    Args:
+        problem: the block, or its first half, whose means then count as one more kernel.
+        device: where; it need not be here.
+        backend: "triton" or "cuda".
+    """
+    parameters = table.parameters("inverted_residual", backend)
+    if parameters.unsupported(problem) is not None:
+        return False
+    try:
+        launch = table.choose("inverted_residual", backend, problem, "forward", device)
+    except ValueError:  # no launch fits on the device
+        return False
+    fused = parameters.predict(problem, launch, "forward", device)
+    return _GPU_MARGIN * fused < separate_seconds(problem, device)
+
+
+def separate_seconds(problem: Problem, device: devices.Device) -> float:
+    """Predicted seconds of a block on a GPU in kernels of its own for each layer.
+
+    Each takes what device memory or arithmetic need, whichever is longer. A hidden tensor that
+    fills no more than half of the L2 cache is read from there, and need not leave it.
+    """
+    item = problem.dtype.itemsize
+    pixels = problem.batch * problem.height * problem.width
+    out_pixels = problem.batch * problem.out_height * problem.out_width
+
+    def kept(count: int) -> int:
+        return 0 if 2 * count * item <= device.l2_bytes else count * item
+
+    image = pixels * problem.channels * item
+    expanded, filtered = kept(pixels * problem.hidden), kept(out_pixels * problem.hidden)
+    taps = problem.kernel[0] * problem.kernel[1]
+    # Of each kernel, bytes and multiply-adds.
+    expansion = (image + expanded, pixels * problem.hidden * problem.channels)
+    filtering = (expanded if problem.expands else image) + filtered
+    projection = (
+        filtered + out_pixels * problem.out_channels * item * (2 if problem.residual else 1),
+        out_pixels * problem.hidden * problem.out_channels,
+    )
+    if not problem.projects:
+        # Another kernel reads the result for its means, as a small one does behind the fused.
+        filtering += out_pixels * problem.hidden * item
+    matrix = device.fp32_flops
+    if problem.dtype != torch.float32 or problem.tf32:
+        matrix = device.matrix_flops(problem.dtype)
+    kernels = [(filtering, out_pixels * problem.hidden * taps, device.fp32_flops)]
+    kernels += [(*expansion, matrix)] if problem.expands else []
+    kernels += [(*projection, matrix)] if problem.projects else []
+    bandwidth = predict.COPY_SHARE * device.dram_bandwidth
+    return sum(
+        predict.LAUNCH + max(predict.LATENCY + moved / bandwidth, 2 * multiply_adds / rate)
+        for moved, multiply_adds, rate in kernels
+    )
 
 
 def _problem(

@@ -14,13 +14,13 @@ import torch
 
 from cvfast.launch.inverted_residual import PASSES, Problem
 from cvfast.perf.devices import MAX_THREADS, WARP, Device, occupancy
-from cvfast.perf.predict import COPY_SHARE, LATENCY, LAUNCH
+from cvfast.perf.predict import COPY_SHARE, LATENCY, LAUNCH, MMA_SHARE
 
 _LEAST = 16  # sizes of a matrix product
 _MAX_COLUMNS = 65535  # programs along the second axis of a grid
 _MAX_IMAGE_ROWS = 31  # the kernel has a bit of a number for each
 _MAX_REGISTERS = 255
-_MAX_CHANNELS = 128
+_MAX_CHANNELS = 64  # from 80 on, sm_80's code spills
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,6 @@ _EXPANDED_ROW, _ROW, _CHUNK, _PROGRAM = 36, 12, 140, 450
 _ROW_LATENCY = 120
 _ISSUE_SHARE, _WARP_RATE, _SCHEDULERS = 0.75, 0.4, 4
 
-# Multiply-adds a cycle and multiprocessor of `mma.sync` on 16-bit numbers: data sheets; sm_90 and
-# sm_100 reach with it a part of what their own instructions do, sm_80's rate. TF32 takes twice, and
-# float32 without it the ordinary units.
-_MATRIX_RATE = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024}
-_CONSUMER_MATRIX_RATE = 256
-
 
 def predict(problem: Problem, launch: Launch, pass_: str, device: Device) -> float:
     """Seconds of a call with nothing of its data in L2, by counting.
@@ -212,9 +206,12 @@ def predict(problem: Problem, launch: Launch, pass_: str, device: Device) -> flo
     if programs == 0:
         return LAUNCH
     needs = _program(problem, launch)
-    rate = _MATRIX_RATE.get(architecture.name, _CONSUMER_MATRIX_RATE)
-    if problem.dtype == torch.float32:
-        rate = rate // 2 if problem.tf32 else architecture.fp32_lanes_per_sm
+    flops = device.fp32_flops
+    if problem.dtype != torch.float32 or problem.tf32:
+        # Tiles are too small for the instructions of four warps, sm_90's and sm_100's.
+        share = MMA_SHARE if architecture.name in ("sm_90", "sm_100") else 1.0
+        flops = share * device.matrix_flops(problem.dtype)
+    rate = flops / 2 / device.sms / device.clock_hz
     cycles = max(
         launch.num_warps * needs.instructions / (_SCHEDULERS * _ISSUE_SHARE),
         needs.multiply_adds / rate,
