@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from cvfast.launch.inception import Branch, Problem
+from cvfast.launch.inception import Problem
 from cvfast.launch.inception import triton as launches
 from cvfast.launch.inception.triton import Launch
 
@@ -127,6 +127,7 @@ def _tile(
     pixels, plane, row_length, height, width, channels, panels, x_image, x_row, x_pixel = sizes
     ALIGN: tl.constexpr = STATIC.align
     OUT_ALIGN: tl.constexpr = STATIC.out_align
+    PARTS: tl.constexpr = STATIC.parts
     weight_stride = panels * 16
     tile_columns = (weight_stride + BLOCK_N - 1) // BLOCK_N
     # Tiles that read the same pixels are neighbours, and so find them in L2.
@@ -144,23 +145,24 @@ def _tile(
     sums = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     if STATIC.kind == "conv":
         blocks = (depth + BLOCK_K - 1) // BLOCK_K
+        steps = blocks * (STATIC.kernel_height * STATIC.kernel_width)
+        corner = matmul.place(image, top, left, x_image, x_row, x_pixel, ALIGN)
         sums = conv.sum_blocks(
-            sums, x, weight, matmul.place(image, top, left, x_image, x_row, x_pixel, ALIGN), top,
-            left, inside, columns, 0, blocks * (STATIC.kernel_height * STATIC.kernel_width), depth, depth,
+            sums, x, weight, corner, top, left, inside, columns, 0, steps, depth, depth,
             weight_stride, height, width, down, right, 1, 1, STATIC.kernel_width, STATIC.even,
             PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
+        first_pixel = image.to(tl.int64) * (x_image.to(tl.int64) * ALIGN)
         sums = _sum_pooled(
-            sums, x, weight, image.to(tl.int64) * (x_image.to(tl.int64) * ALIGN), top, left,
-            inside, columns, depth, weight_stride, height, width, down, right, STATIC.kind,
-            STATIC.kernel_height, STATIC.kernel_width, STATIC.padding_y, STATIC.padding_x, PRECISION,
-            BLOCK_M, BLOCK_K,
+            sums, x, weight, first_pixel, top, left, inside, columns, depth, weight_stride, height,
+            width, down, right, STATIC.kind, STATIC.kernel_height, STATIC.kernel_width,
+            STATIC.padding_y, STATIC.padding_x, PRECISION, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     exists = columns < weight_stride
     value = matmul.finish(sums, bias, columns, exists, bias, exists, ACTIVATION, False)
     begin = 0
-    for part in tl.static_range(STATIC.parts):
+    for part in tl.static_range(PARTS):
         part_channels, part_panels, out_image, out_row, out_pixel = results[part]
         if (begin < first_column + BLOCK_N) & (begin + part_panels * 16 > first_column):
             channel = columns - begin
@@ -268,8 +270,8 @@ def _plan(
         even = branch.channels % launch.block_k == 0
         statics.append(
             Static(
-                branch.kind, *branch.kernel, *branch.stride, *branch.padding, even, align, out_align,
-                len(branch.parts),
+                branch.kind, *branch.kernel, *branch.stride, *branch.padding, even, align,
+                out_align, len(branch.parts),
             )
         )  # fmt: skip
         plane = branch.out_height * branch.out_width

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def refusal(op: Any, advice: str) -> Callable[..., Any]:
@@ -17,7 +16,7 @@ def refusal(op: Any, advice: str) -> Callable[..., Any]:
     """
 
     def refuse_or_redispatch(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = (a for a in chain(args, kwargs.values()) if isinstance(a, Tensor))
+        tensors = filter(torch.is_tensor, pytree.tree_leaves((args, kwargs)))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"{op.name()} has no gradient: {advice}, or run under torch.no_grad()"

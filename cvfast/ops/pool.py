@@ -200,10 +200,21 @@ def problem(
     _check_scale("pool_triton", x, scale, shift)
     batch, channels, height, width = x.shape
     found = Problem(
-        batch, channels, height, width, kind, *(tuple(pair) for pair in pairs.values()),
-        ceil_mode=ceil_mode, count_include_pad=count_include_pad, divisor=divisor_override or 0,
-        prologue=scale is not None, dtype=x.dtype,
-    )  # fmt: skip
+        batch,
+        channels,
+        height,
+        width,
+        kind,
+        kernel=(kernel_size[0], kernel_size[1]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        divisor=divisor_override or 0,
+        prologue=scale is not None,
+        dtype=x.dtype,
+    )
     if min(height, width, found.out_height, found.out_width) < 1:
         raise ValueError(
             f"cvfast::pool_triton: the kernel {list(kernel_size)} is larger than the padded image "
@@ -232,7 +243,8 @@ def global_problem(
     _check_scale("global_pool_triton", x, scale, shift)
     if out is not None:
         _check_image("global_pool_triton", "out", out, x, (*x.shape[:2], 1, 1))
-    return GlobalProblem(*x.shape, prologue=scale is not None, dtype=x.dtype)
+    batch, channels, height, width = x.shape
+    return GlobalProblem(batch, channels, height, width, scale is not None, x.dtype)
 
 
 def _check_image(op: str, name: str, image: Tensor, x: Tensor, size: Sequence[int]) -> None:

@@ -50,7 +50,9 @@ def grid(problem: Problem, launch: Launch, pass_: str) -> tuple[int]:
     del pass_
     counts = [tiles.grid("inception", product(problem, b), launch)[0] for b in problem.branches]
     if sum(counts) >= 2**31:
-        raise ValueError(f"inception, triton: {sum(counts)} programs; call it on parts of the batch")
+        raise ValueError(
+            f"inception, triton: {sum(counts)} programs; call it on parts of the batch"
+        )
     return (sum(counts),)
 
 
@@ -79,7 +81,8 @@ def _ranked(problem: Problem, device: Device) -> tuple[Launch, ...]:
         return tiles.cycles(merged, launch, device) * covered / max(1, work)
 
     whole = [launch for launch in tiles.ranked(merged, device) if launch.splits == 1]
-    return tuple(sorted(whole, key=cost))
+    # Of equals, those of the fewest steps.
+    return tuple(sorted(whole, key=lambda launch: (round(cost(launch)), -launch.block_k)))
 
 
 def heuristic(problem: Problem, pass_: str, device: Device) -> Launch:
