@@ -93,3 +93,13 @@ class Problem:
             f"{', residual' if self.residual else ''}"
         )
         return f"{parts}, {'tf32' if self.tf32 else str(self.dtype).removeprefix('torch.')}"
+
+
+GENERAL = (
+    (Problem(2, 11, 37, 13, 9, 10, (3, 3), (1, 1), (1, 1)), "relu"),
+    (Problem(2, 24, 72, 40, 28, 28, (5, 5), (2, 2), (1, 1, 2, 2)), "hardswish"),
+    (Problem(2, 40, 240, 40, 14, 14, (5, 5), (1, 1), (2, 2), residual=True), "relu6"),
+    (Problem(2, 64, 64, 128, 28, 28, (3, 3), (2, 2), (1, 1), expands=False), "relu"),
+    (Problem(2, 16, 72, 0, 28, 28, (3, 3), (2, 2), (1, 1)), "relu"),
+)
+"""Calls that networks do not make, each with its activation; for `cvfast kernels`."""

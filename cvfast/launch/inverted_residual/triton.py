@@ -77,7 +77,7 @@ def validate(problem: Problem, launch: Launch, pass_: str = "forward") -> None:
             value = getattr(launch, name)
             raise ValueError(f"inverted_residual, triton: {name}={value}: expected {expected}")
 
-    most = (_MAX_IMAGE_ROWS - problem.kernel[0]) // problem.stride[0] + 1
+    most = _most_rows(problem)
     require("rows", 1 <= launch.rows <= most, f"1 to {most}")
     for name in ("positions", "hidden", "channels", "outputs"):
         value = getattr(launch, name)
@@ -151,8 +151,11 @@ def _launches(problem: Problem) -> Iterator[Launch]:
             # Sums of 32 numbers a lane and row at most.
             outputs = min(_power_of_two(problem.out_channels), 64 * num_warps)
         shape = Launch(1, 16, 16 * num_warps, channels, outputs, num_warps)
-        for rows in sorted({-(-problem.out_height // n) for n in range(1, problem.out_height + 1)}):
-            if rows == 1 or _sums(problem, shape) * rows <= most:
+        # Strips of nearly equal height.
+        heights = {-(-problem.out_height // n) for n in range(1, problem.out_height + 1)}
+        limit = min(most // _sums(problem, shape), _most_rows(problem))
+        for rows in sorted(heights):
+            if rows <= max(1, limit):
                 yield Launch(rows, *astuple(shape)[1:])
 
 
@@ -160,6 +163,11 @@ def _launches(problem: Problem) -> Iterator[Launch]:
 # of up to 3 rows, and with more.
 _MAX_SUMS = (64, 40)
 _FEW_CHANNELS = 32
+
+
+def _most_rows(problem: Problem) -> int:
+    """Rows of outputs of a program, at most."""
+    return (_MAX_IMAGE_ROWS - problem.kernel[0]) // problem.stride[0] + 1
 
 
 def _sums(problem: Problem, launch: Launch) -> int:
