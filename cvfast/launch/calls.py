@@ -16,8 +16,20 @@ from typing import Any
 
 import torch
 
-from cvfast.launch import conv, depthwise, global_pool, pointwise, pool, table, upconv
-from cvfast.launch.networks import layers
+from cvfast.launch import (
+    conv,
+    copy_layout,
+    depthwise,
+    elementwise,
+    global_pool,
+    inverted_residual,
+    pointwise,
+    pool,
+    table,
+    upconv,
+)
+from cvfast.launch.networks import blocks, layers, steps
+from cvfast.models import default_input_size
 
 BATCHES = (1, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -197,6 +209,41 @@ def _global_pool(name: str) -> Problems:
             yield global_pool.Problem(1, layer.channels, layer.height, layer.width), "none"
 
 
+def _inverted_residual(name: str) -> Problems:
+    for block in blocks(name):
+        first, project = block.expand or block.depthwise, block.project
+        middle = block.depthwise
+        yield (
+            inverted_residual.Problem(
+                1,
+                first.channels,
+                middle.channels,
+                0 if project is None else project.out_channels,
+                first.height,
+                first.width,
+                middle.kernel,
+                middle.stride,
+                middle.padding,
+                expands=block.expand is not None,
+                residual=project is not None and project.residual,
+            ),
+            middle.activation,
+        )
+
+
+def _elementwise(name: str) -> Problems:
+    # What stays of a network where nothing takes it along: gates, and sums of two images.
+    for step in steps(name):
+        if step.name in ("add", "mul") and len(step.shape) == 4:
+            gate = step.name == "mul"
+            yield elementwise.Problem(*step.shape, op=step.name, gate=gate), "none"
+
+
+def _copy_layout(name: str) -> Problems:
+    image = default_input_size(name)
+    yield copy_layout.Problem(1, *image, source="pixels", target="channels"), "none"
+
+
 COLUMNS = (
     Column("depthwise", ("triton", "cuda"), _MOBILENETS, _depthwise),
     Column("pointwise", ("triton",), _NETWORKS, _pointwise, matrix=True),
@@ -204,6 +251,9 @@ COLUMNS = (
     Column("upconv", ("triton",), ("unet",), _upconv, matrix=True),
     Column("pool", ("triton",), _NETWORKS, _pool),
     Column("global_pool", ("triton",), _NETWORKS, _global_pool, home="pool"),
+    Column("elementwise", ("triton",), _NETWORKS, _elementwise),
+    Column("copy_layout", ("triton",), _NETWORKS, _copy_layout, home="layout"),
+    Column("inverted_residual", ("triton", "cuda"), _MOBILENETS, _inverted_residual, matrix=True),
 )
 """Every operator with GPU kernels."""
 
