@@ -16,7 +16,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,12 @@ def result(op: str) -> Path:
 
 def layers(op: str, batches: Sequence[int] = BATCHES) -> list[Call]:
     """Every distinct forward call of the networks in float16, at each batch size."""
-    found: dict[Call, None] = {}
+    found: dict[Any, Call] = {}
     for call in calls.network_calls([op], batches):
         if call.pass_ == "forward" and call.problem.dtype is torch.float16:
             # Calls that differ in their activation alone take the same time.
-            found.setdefault(replace(call, activation="relu6"), None)
-    return list(found)
+            found.setdefault(call.problem, call)
+    return list(found.values())
 
 
 def predicted(device: Device, backend: str, todo: Iterable[Call]) -> list[dict[str, Any]]:

@@ -242,7 +242,8 @@ def _describe_cuda(arch: str, call: Call, launch: Any) -> Iterator[Configuration
         threads=parameters.threads(launch),
         dynamic_shared=parameters.shared_bytes(problem, launch, pass_),
         blocks=math.prod(parameters.grid(problem, launch, pass_)),
-        expects=_matrix(call, launch) or (_WIDE_LOADS if _tile(main) and _aligned(call) else ()),
+        expects=_matrix(arch, call, launch)
+        or (_WIDE_LOADS if _tile(main) and _aligned(call) else ()),
         forbids=(),
         call=call,
     )
@@ -308,7 +309,7 @@ def _describe_triton(arch: str, call: Call, launch: Any) -> Iterator[Configurati
         threads=WARP * options["num_warps"],
         dynamic_shared=None,
         blocks=math.prod(grid),
-        expects=_matrix(call, launch),
+        expects=_matrix(arch, call, launch),
         forbids=_narrower(call, launch.vector) if call.op == "depthwise" else (),
         call=call,
     )
@@ -323,19 +324,26 @@ _DESCRIBE = {"cuda": _describe_cuda, "triton": _describe_triton}
 
 _WIDE_LOADS = ("LDG.128", "LDGSTS.128")
 _MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA")
-_MATRIX_OPS = ("pointwise", "conv", "upconv", "inverted_residual", "inception")
 
 
 def uses_matrix_units(call: Call, launch: Any) -> bool:
     """Whether the kernel is to use matrix units: for products of 16-bit numbers and of TF32, unless
     the launch parameters say otherwise (`matrix`)."""
-    if call.op not in _MATRIX_OPS or not getattr(launch, "matrix", True):
+    if not column(call.op).matrix or not getattr(launch, "matrix", True):
         return False
     return call.problem.dtype is not torch.float32 or call.problem.tf32
 
 
-def _matrix(call: Call, launch: Any) -> tuple[str, ...]:
-    return _MATRIX_INSTRUCTIONS if uses_matrix_units(call, launch) else ()
+def _matrix(arch: str, call: Call, launch: Any) -> tuple[str, ...]:
+    if not uses_matrix_units(call, launch):
+        return ()
+    # Four warps multiply 64 rows at a time: there the instructions of one warp are the slower way.
+    wide = getattr(launch, "block_m", 0) >= 64 and launch.num_warps >= 4
+    return ("HGMMA",) if arch == "sm_90" and wide else _MATRIX_INSTRUCTIONS
+
+
+def _wide(function: str, call: Call) -> tuple[str, ...]:
+    return _WIDE_LOADS if _tile(function) and _aligned(call) else ()
 
 
 def _tile(function: str) -> bool:

@@ -16,8 +16,20 @@ from typing import Any
 
 import torch
 
-from cvfast.launch import conv, depthwise, table, upconv
-from cvfast.launch.networks import layers
+from cvfast.launch import (
+    conv,
+    copy_layout,
+    depthwise,
+    elementwise,
+    global_pool,
+    inverted_residual,
+    pointwise,
+    pool,
+    table,
+    upconv,
+)
+from cvfast.launch.networks import blocks, layers, steps
+from cvfast.models import default_input_size
 
 BATCHES = (1, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,6 +76,7 @@ class Column:
         networks: those that call it.
         problems: what a network of that name calls it with.
         home: the module of `cvfast.ops` that holds it; None for that of its own name.
+        matrix: its kernels multiply matrices.
     """
 
     op: str
@@ -71,6 +84,7 @@ class Column:
     networks: tuple[str, ...]
     problems: Callable[[str], Problems]
     home: str | None = None
+    matrix: bool = False
 
     @property
     def launch(self) -> Any:
@@ -88,6 +102,16 @@ _MOBILENETS = (
     "mobilenet_v3_small",
     "mobilenet_v3_large",
     "efficientnet_lite0",
+)
+_NETWORKS = (
+    "resnet18",
+    "resnet50",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "unet",
+    "fcn_resnet50",
+    *_MOBILENETS,
 )
 
 
@@ -108,18 +132,6 @@ def _depthwise(name: str) -> Problems:
                 ),
                 layer.activation,
             )
-
-
-_CONVOLUTIONAL = (
-    "resnet18",
-    "resnet50",
-    "densenet121",
-    "googlenet",
-    "inception_v3",
-    "unet",
-    "fcn_resnet50",
-    *_MOBILENETS,
-)
 
 
 def _conv(name: str) -> Problems:
@@ -153,10 +165,95 @@ def _upconv(name: str) -> Problems:
             yield upconv.Problem(1, *size, layer.out_channels, layer.kernel), "none"
 
 
+def _pointwise(name: str) -> Problems:
+    for layer in layers(name):
+        if layer.pointwise:
+            yield (
+                pointwise.Problem(
+                    1,
+                    layer.channels,
+                    layer.out_channels,
+                    layer.height,
+                    layer.width,
+                    layer.stride,
+                    prologue=layer.prologue,
+                    gate=layer.gate,
+                    residual=layer.residual,
+                ),
+                layer.activation,
+            )
+
+
+def _pool(name: str) -> Problems:
+    for layer in layers(name):
+        if layer.kind in ("max", "average"):
+            yield (
+                pool.Problem(
+                    1,
+                    layer.channels,
+                    layer.height,
+                    layer.width,
+                    "max" if layer.kind == "max" else "avg",
+                    layer.kernel,
+                    layer.stride,
+                    (layer.padding[0], layer.padding[1]),
+                    ceil_mode=layer.ceil_mode,
+                ),
+                "none",
+            )
+
+
+def _global_pool(name: str) -> Problems:
+    for layer in layers(name):
+        if layer.kind == "mean":
+            yield global_pool.Problem(1, layer.channels, layer.height, layer.width), "none"
+
+
+def _inverted_residual(name: str) -> Problems:
+    for block in blocks(name):
+        first, project = block.expand or block.depthwise, block.project
+        middle = block.depthwise
+        yield (
+            inverted_residual.Problem(
+                1,
+                first.channels,
+                middle.channels,
+                0 if project is None else project.out_channels,
+                first.height,
+                first.width,
+                middle.kernel,
+                middle.stride,
+                middle.padding,
+                expands=block.expand is not None,
+                residual=project is not None and project.residual,
+            ),
+            middle.activation,
+        )
+
+
+def _elementwise(name: str) -> Problems:
+    # What stays of a network where nothing takes it along: gates, and sums of two images.
+    for step in steps(name):
+        if step.name in ("add", "mul") and len(step.shape) == 4:
+            gate = step.name == "mul"
+            yield elementwise.Problem(*step.shape, op=step.name, gate=gate), "none"
+
+
+def _copy_layout(name: str) -> Problems:
+    image = default_input_size(name)
+    yield copy_layout.Problem(1, *image, source="pixels", target="channels"), "none"
+
+
 COLUMNS = (
     Column("depthwise", ("triton", "cuda"), _MOBILENETS, _depthwise),
-    Column("conv", ("triton",), _CONVOLUTIONAL, _conv),
-    Column("upconv", ("triton",), ("unet",), _upconv),
+    Column("pointwise", ("triton",), _NETWORKS, _pointwise, matrix=True),
+    Column("conv", ("triton",), _NETWORKS, _conv, matrix=True),
+    Column("upconv", ("triton",), ("unet",), _upconv, matrix=True),
+    Column("pool", ("triton",), _NETWORKS, _pool),
+    Column("global_pool", ("triton",), _NETWORKS, _global_pool, home="pool"),
+    Column("elementwise", ("triton",), _NETWORKS, _elementwise),
+    Column("copy_layout", ("triton",), _NETWORKS, _copy_layout, home="layout"),
+    Column("inverted_residual", ("triton", "cuda"), _MOBILENETS, _inverted_residual, matrix=True),
 )
 """Every operator with GPU kernels."""
 

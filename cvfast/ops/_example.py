@@ -73,7 +73,5 @@ def whole(
     shape: Sequence[int], dtype: torch.dtype, *, device: str | torch.device, seed: int
 ) -> Tensor:
     """As `normal`, but whole numbers from -2 to 2, whose small sums every dtype holds exactly."""
-    generator = torch.Generator(device).manual_seed(seed)
-    values = torch.randint(-2, 3, tuple(shape), generator=generator, device=device)
-    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return values.to(dtype=dtype, memory_format=layout)
+    values = normal(shape, torch.float32, device=device, seed=seed)
+    return values.round().clamp(-2, 2).to(dtype)

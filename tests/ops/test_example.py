@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 
-from cvfast import tolerance
-from cvfast.launch import table
+from cvfast import inventory, tolerance
+from cvfast.launch import calls, table
 from cvfast.launch.depthwise import PASSES, Problem
 from cvfast.ops import _example
 from cvfast.ops.depthwise import bytes_moved, example, flops
@@ -62,3 +62,14 @@ def test_numbers_are_those_of_their_seed() -> None:
     ]  # fmt: skip
     drawn = _example.normal((10000,), torch.float32, device="cpu", seed=0)
     assert math.isclose(drawn.std().item(), 1, abs_tol=0.05)
+
+
+@pytest.mark.parametrize("op", calls.OPS)
+def test_the_meta_device_gives_shapes(op: str) -> None:
+    for call in (*calls.general_calls([op]), *calls.sample_calls([op])):
+        results = inventory.example(call, device="meta").reference(call.problem.dtype)
+        assert results
+        for result in results:
+            assert result.is_meta
+            assert result.dtype == call.problem.dtype or result.dtype is torch.float32
+            assert result.shape[0] == call.problem.batch or call.pass_ != "forward"
