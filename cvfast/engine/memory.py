@@ -49,8 +49,8 @@ def _place_parts(node: Concat, graph: Graph, writers: dict[Image, Node]) -> list
     copies: list[Copy] = []
     channel = 0
     for part in node.parts:
-        free = part in writers and part.parent is None and part.external is None
-        if free and part not in graph.outputs and part is not node.out.root()[0]:
+        fixed = part.external is not None or part.strides is not None or part.parent is not None
+        if part in writers and not fixed and part is not node.out.root()[0]:
             part.parent, part.channel = node.out, channel
         else:
             to = Image(part.shape, part.dtype, parent=node.out, channel=channel)

@@ -32,7 +32,7 @@ class Image:
 
     ``parent`` and ``channel``: the image whose channels from ``channel`` on this one is, if it has
     no memory of its own. ``external``: the number of the tensor that holds it, if the plan is
-    handed it; ``strides`` are that tensor's, in elements.
+    handed it. ``strides``, in elements: that tensor's, or those that the image must have.
     """
 
     shape: tuple[int, int, int, int]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
-from cvfast.ops.inverted_residual import fuses
+import torch
+from torch import Tensor
+
+from cvfast.ops.inverted_residual import fuses, fuses_on_gpu, problem, squeeze_problem
+from cvfast.perf.devices import Device
 
 from .nodes import (
     Concat,
@@ -37,6 +42,8 @@ def fuse(graph: Graph, target: Target) -> None:
     fuse_inverted_residuals(graph, partial(_block_backend, target=target))
     read_two_sources(graph)
     read_contiguous_inputs(graph)
+    if target.gpu is not None and not target.in_place:
+        copy_results_once(graph)
 
 
 def _remove(graph: Graph, *gone: Node) -> None:
@@ -173,7 +180,7 @@ def fuse_inverted_residuals(graph: Graph, choose: Callable[[InvertedResidual], s
             middle.out, x, None if expand is None else expand.packed, middle.packed, None, None,
             middle.x.channels, middle.kernel_size, middle.stride, middle.padding,
             ("none" if expand is None else expand.activation, middle.activation, "none"),
-            name=middle.name,
+            name=middle.name, backend=middle.backend,
         )  # fmt: skip
         project = graph.sole_reader(middle.out, readers)
         if (
@@ -204,13 +211,26 @@ def fuse_inverted_residuals(graph: Graph, choose: Callable[[InvertedResidual], s
 def _block_backend(block: InvertedResidual, target: Target) -> str | None:
     """The backend that computes a block in one kernel faster than in two or three, if any."""
     if target.gpu is not None:
-        return None
+        # Where the depthwise layer is left to Triton, CUDA's kernels are not there.
+        candidates = ("cuda", "triton") if block.backend == "cuda" else ("triton",)
+        return next((b for b in candidates if _pays_on_gpu(block, b, target.gpu)), None)
     pays = fuses(
         block.x.shape, block.hidden, block.out.channels if block.project is not None else None,
         kernel_size=block.kernel_size, stride=block.stride, expands=block.expand is not None,
         dtype=block.x.dtype, threads=target.threads,
     )  # fmt: skip
     return "cpu" if pays else None
+
+
+def _pays_on_gpu(block: InvertedResidual, backend: str, gpu: Device) -> bool:
+    (call,) = replace(block, backend=backend).calls(_shape_only)
+    make = problem if block.project is not None else squeeze_problem
+    return fuses_on_gpu(make(*call.arguments, **call.outputs), gpu, backend)
+
+
+def _shape_only(image: Image) -> Tensor:
+    strides = image.memory_strides()
+    return torch.empty_strided(image.shape, strides, dtype=image.dtype, device="meta")
 
 
 def read_two_sources(graph: Graph) -> None:
@@ -245,4 +265,15 @@ def read_contiguous_inputs(graph: Graph) -> None:
             and graph.sole_reader(copy.out, readers) is node
         ):
             node.x = copy.x
+            _remove(graph, copy)
+
+
+def copy_results_once(graph: Graph) -> None:
+    """A result that is copied at the end of a plan for a GPU, to change its layout or because it is
+    a part of an image, is copied out of the arena anyway."""
+    writers, readers = graph.writers(), graph.readers()
+    for number, image in enumerate(graph.outputs):
+        copy = writers.get(image)
+        if isinstance(copy, Copy) and image not in readers and graph.outputs.count(image) == 1:
+            graph.outputs[number] = copy.x
             _remove(graph, copy)

@@ -17,11 +17,13 @@ class Target:
 
     ``memory`` is a CUDA device; or the CPU, where kernels are interpreted; or ``meta``, where
     nothing runs and a plan is only looked at. ``gpu`` is what launch parameters are chosen for.
+    ``in_place``: a GPU's results are handed out where they are computed.
     """
 
     threads: int = 1
     gpu: Device | None = None
     memory: torch.device = CPU
+    in_place: bool = False
 
     @property
     def backend(self) -> str:

@@ -42,13 +42,15 @@ class Unsupported(Exception):
 @dataclass
 class Segment:
     """Steps that become one plan: ``inputs`` and ``outputs`` are the program's nodes that go in and
-    come out, ``images`` what they and those between are in the graph."""
+    come out, ``images`` what they and those between are in the graph; ``results`` are the images
+    that come out, with their strides."""
 
     graph: Graph = field(default_factory=lambda: Graph([], [], []))
     images: dict[fx.Node, Image] = field(default_factory=dict)
     members: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
+    results: list[tuple[Image, tuple[int, ...]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,24 @@ class _Input:
 class PlannedCall:
     """Runs a segment's plan in an environment of the program's values.
 
-    With ``alias`` the results of a GPU's plan are handed out where it computed them.
+    With ``in_place`` the results of a GPU's plan are handed out where it computed them.
     """
 
     def __init__(
-        self, segment: Segment, meta: dict[fx.Node, Any], plan: Plan | GpuPlan, alias: bool
+        self, segment: Segment, meta: dict[fx.Node, Any], plan: Plan | GpuPlan, in_place: bool
     ) -> None:
         self.plan = plan
-        self.alias = alias
+        self.in_place = in_place
         self.device = plan.device if isinstance(plan, GpuPlan) else torch.device("cpu")
         self.inputs = [
             _Input(n, meta[n].shape, None if isinstance(plan, GpuPlan) else meta[n].stride())
             for n in segment.inputs
         ]
-        self.outputs = [
-            (image.shape, image.memory_strides(), image.dtype) for image in segment.graph.outputs
-        ]
+        wanted = [image for image, _ in segment.results]
+        self.outputs = [(image.shape, strides, image.dtype) for image, strides in segment.results]
         # Of each result, the tensor it is and its shape; several may be one tensor in other shapes.
         self.results = [
-            (node, segment.graph.outputs.index(segment.images[node]), meta[node].shape)
-            for node in segment.outputs
+            (node, wanted.index(segment.images[node]), meta[node].shape) for node in segment.outputs
         ]
 
     def arguments(self, env: dict[fx.Node, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -104,7 +104,7 @@ class PlannedCall:
             env[node] = outputs[index].view(shape)
 
     def __call__(self, env: dict[fx.Node, Any]) -> None:
-        if self.alias and isinstance(self.plan, GpuPlan):
+        if self.in_place and isinstance(self.plan, GpuPlan):
             outputs = self.plan.run_in_place([taken.fetch(env) for taken in self.inputs])
         else:
             inputs, outputs = self.arguments(env)
@@ -205,15 +205,12 @@ def flatten(
     target: Target,
     names: dict[fx.Node, str],
     packed: dict[Any, Any],
-    *,
-    alias: bool = False,
 ) -> Schedule | None:
     """The schedule of ``module`` for inputs like ``flat``, or None if no step of it has a kernel.
 
-    ``names`` names nodes in profiles; ``packed`` keeps what is packed here, for other sizes;
-    ``alias`` lets plans for a GPU hand out results in memory that the next run overwrites.
+    ``names`` names nodes in profiles; ``packed`` keeps what is packed here, for other sizes.
     """
-    return _Flattener(module, flat, target, names, packed).build(alias)
+    return _Flattener(module, flat, target, names, packed).build()
 
 
 class _Flattener:
@@ -236,7 +233,7 @@ class _Flattener:
         self.steps: list[Segment | TorchCall] = []
         self.padded: dict[fx.Node, tuple[fx.Node, tuple[int, int, int, int]]] = {}
 
-    def build(self, alias: bool) -> Schedule | None:
+    def build(self) -> Schedule | None:
         output: Any = None
         for node in self.module.graph.nodes:
             if node.op == "output":
@@ -253,7 +250,7 @@ class _Flattener:
                 steps.append(step)
                 continue
             passes.fuse(step.graph, self.target)
-            steps.append(PlannedCall(step, self.meta, self._plan(step.graph), alias))
+            steps.append(PlannedCall(step, self.meta, self._plan(step.graph), self.target.in_place))
         return Schedule(steps, self.placeholders, self._used_constants(output), output)
 
     def _plan(self, graph: Graph) -> Plan | GpuPlan:
@@ -276,6 +273,8 @@ class _Flattener:
         for node in self.module.graph.nodes:
             if node.op == "get_attr":
                 value = getattr(self.module, node.target)
+                if self.target.memory.type == "meta":
+                    value = _without_memory(value)
                 self.constants[node] = value
                 meta[node] = _without_memory(value)
             elif node.op == "call_function":
@@ -344,12 +343,16 @@ class _Flattener:
                 image = self._output_image(segment, node)
                 if image not in graph.outputs:
                     graph.outputs.append(image)
+            # As they are handed out; in a GPU's own memory they may come to lie otherwise.
+            segment.results = [(image, image.memory_strides()) for image in graph.outputs]
             read = {image.root()[0] for step in graph.nodes for image in step.reads()}
             pairs = list(zip(segment.inputs, graph.inputs, strict=True))
             segment.inputs = [node for node, image in pairs if image in read]
             graph.inputs = [image for image in graph.inputs if image in read]
-            if self.target.gpu is not None:
-                continue  # they lie in the plan's own memory
+            if self.target.gpu is not None:  # they lie in the plan's own memory
+                for image, strides in segment.results if self.target.in_place else ():
+                    image.strides = strides
+                continue
             for number, image in enumerate((*graph.inputs, *graph.outputs)):
                 image.strides = image.memory_strides()
                 image.external = number

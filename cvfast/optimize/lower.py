@@ -171,9 +171,10 @@ class Program:
 
     def flatten(self, flat: Sequence[Any], memory: torch.device) -> Schedule | None:
         """Plans for inputs like these, in ``memory``: on ``meta``, to be looked at only."""
-        target = Target(torch.get_num_threads(), self.gpu, memory)
+        target = Target(torch.get_num_threads(), self.gpu, memory, self.alias)
+        packed = self._packed if memory == self.device else {}
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-            return flatten(self.module, flat, target, self.names, self._packed, alias=self.alias)
+            return flatten(self.module, flat, target, self.names, packed)
 
     def _flatten(self, flat: Sequence[Any]) -> Schedule | None:
         try:

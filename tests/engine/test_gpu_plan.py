@@ -116,13 +116,27 @@ def test_results_may_be_handed_out_in_place(device: torch.device) -> None:
     torch.testing.assert_close(first, x + 4)
 
 
-def test_an_output_that_is_a_part_of_a_concatenation_is_dense(device: torch.device) -> None:
+def test_an_output_that_is_a_part_of_a_concatenation(device: torch.device) -> None:
     graph = doubling(device)
-    graph.outputs.append(graph.nodes[0].out)
+    part = graph.nodes[0].out
+    graph.outputs.append(part)
     plan = GpuPlan(graph, device)
-    assert plan.graph.outputs[1].memory_strides() == (480, 1, 96, 16)
+    assert part.parent is not None  # and copied out from there
+    x = image(SHAPE).to(device)
+    outputs = [torch.empty_like(torch.cat([x, x], 1)), torch.empty_like(x)]
+    plan.run([x], outputs)
+    torch.testing.assert_close(outputs[1], 2 * x + 1)
+
+    graph = doubling(device)
+    pinned = graph.nodes[0].out
+    pinned.strides = pinned.memory_strides()
+    graph.outputs.append(pinned)
+    plan = GpuPlan(graph, device)
     (copy,) = (node for node in plan.graph.nodes if isinstance(node, Copy))
-    assert copy.is_part and copy.x is plan.graph.outputs[1]
+    assert copy.is_part
+    assert copy.x is pinned
+    torch.testing.assert_close(plan.run_in_place([x])[1], 2 * x + 1)
+    assert plan.run_in_place([x])[1].stride() == (480, 1, 96, 16)
 
 
 def test_threads_that_share_a_plan_take_turns(device: torch.device) -> None:
