@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -111,8 +111,10 @@ def _of_call(node: Node, call: Call, device: Device) -> Iterator[Launch]:
         yield Launch(node.name, "aten::copy_", 2 * _bytes(out), dtype=_name(out.dtype))
         return
     op, backend = operators.split_name(call.operator)
-    problem = _problem(op)(*call.arguments, **call.outputs)
-    launch = table.choose(op, backend, problem, "forward", device)
+    home = _HOMES.get(op, _Home(op, "problem", op))
+    make = getattr(import_module(f"cvfast.ops.{home.module}"), home.function)
+    problem = make(*call.arguments, **call.outputs)
+    launch = table.choose(home.launch, backend, problem, "forward", device)
     joins = isinstance(node, Copy) and node.is_part
     yield Launch(
         node.name,
@@ -121,24 +123,26 @@ def _of_call(node: Node, call: Call, device: Device) -> Iterator[Launch]:
         problem.flops(),
         problem.describe(),
         str(launch),
-        table.parameters(op, backend).grid(problem, launch, "forward"),
+        table.parameters(home.launch, backend).grid(problem, launch, "forward"),
         _name(problem.dtype),
     )
 
 
-_PROBLEMS = {
-    "global_pool": ("pool", "global_problem"),
-    "copy_layout": ("layout", "copy_layout_problem"),
-    "inverted_residual_squeeze": ("inverted_residual", "squeeze_problem"),
+class _Home(NamedTuple):
+    """Where an operator's geometry is: the module of cvfast.ops, the function there that turns the
+    arguments of the out-variant into a problem, and the package of cvfast.launch."""
+
+    module: str
+    function: str
+    launch: str
+
+
+_HOMES = {
+    "global_pool": _Home("pool", "global_problem", "global_pool"),
+    "copy_layout": _Home("layout", "copy_layout_problem", "copy_layout"),
+    "inverted_residual_squeeze": _Home("inverted_residual", "squeeze_problem", "inverted_residual"),
 }
-"""Where the problem of an operator is made that shares a module with another."""
-
-
-def _problem(op: str) -> Callable[..., Any]:
-    """What turns the arguments of an operator's out-variant into the problem of its launch."""
-    module, name = _PROBLEMS.get(op, (op, "problem"))
-    found: Callable[..., Any] = getattr(import_module(f"cvfast.ops.{module}"), name)
-    return found
+"""Of operators that do not have all of it under their own name."""
 
 
 def _of_graph(

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import cvfast
+from cvfast.engine import passes
+from cvfast.engine.nodes import InvertedResidual
+from cvfast.launch import table
 from cvfast.models import default_input_size, get_model
 from cvfast.models.densenet import DenseNet
 from cvfast.models.googlenet import BasicConv2d, InceptionModule
@@ -45,12 +48,12 @@ NETWORKS = {
     "densenet121": (128, 0),
     "googlenet": (74, 0),
     "inception_v3": (111, 0),
-    "mobilenet_v1": (31, 0),
-    "mobilenet_v2": (56, 0),
-    "mobilenet_v3_large": (76, 0),
-    "efficientnet_lite0": (53, 0),
-    "unet": (42, 0),
-    "fcn_resnet50": (60, 2),
+    "mobilenet_v1": (27, 0),
+    "mobilenet_v2": (23, 0),
+    "mobilenet_v3_large": (55, 0),
+    "efficientnet_lite0": (22, 0),
+    "unet": (29, 0),
+    "fcn_resnet50": (59, 2),
 }
 
 
@@ -194,6 +197,29 @@ def test_triton_networks_compute_what_pytorch_does(family: str, device: str) -> 
     longer = size[0] + (16 if family == "unet" else 2)
     fresh = torch.randn(1, 3, longer, size[1], device=device)
     check_equal(fast, model, fresh)
+
+
+@pytest.mark.gpu_kernels
+@pytest.mark.parametrize("family", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3"])
+def test_triton_blocks_in_one_kernel_compute_what_pytorch_does(
+    family: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = table.parameters("inverted_residual", "triton")
+    monkeypatch.setattr(
+        passes, "fuses_on_gpu", lambda problem, gpu, backend: not parameters.unsupported(problem)
+    )
+    make, size = FAMILIES[family]
+    torch.manual_seed(0)
+    model = randomize(make()).to(device)
+    x = torch.randn(2, 3, *size, device=device)
+    fast = cvfast.optimize(model, x, backend="triton")
+    assert fast.report.verification is not None and fast.report.verification.ok, str(fast.report)
+    (program,) = fast.__dict__["_runner"].programs
+    schedule = program.schedule([x])
+    blocks = [n for n in schedule.plans[0].graph.nodes if isinstance(n, InvertedResidual)]
+    assert len(blocks) >= 3
+    assert any(block.means is not None for block in blocks) == (family == "mobilenet_v3")
+    check_equal(fast, model, torch.randn(1, 3, size[0] + 2, size[1], device=device))
 
 
 class Mixed(nn.Module):

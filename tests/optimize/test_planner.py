@@ -18,15 +18,15 @@ def count(launches: list, kernel: str) -> int:
 def test_mobilenet() -> None:
     model = get_model("mobilenet_v2").eval()
     planned = plan(model, torch.randn(1, 3, 224, 224), device="H200", dtype=torch.float16)
-    assert count(planned.launches, "depthwise/cuda") == 17
-    assert count(planned.launches, "pointwise/triton") == 35  # the classifier among them
+    assert count(planned.launches, "inverted_residual/cuda") == 17
+    assert count(planned.launches, "pointwise/triton") == 2  # the last layer and the classifier
     assert count(planned.launches, "conv/triton") == 1
     assert count(planned.launches, "global_pool/triton") == 1
-    assert len(planned.launches) == 17 + 35 + 1 + 1 + 2  # and the copies of input and result
-    depthwise = next(launch for launch in planned.launches if launch.kernel == "depthwise/cuda")
-    # x and y in float16, each once; the weights and biases in float32.
-    assert depthwise.bytes == 2 * (32 * 112 * 112) * 2 + 4 * 32 * 10
-    assert depthwise.flops == 2 * 9 * 32 * 112 * 112
+    assert len(planned.launches) == 17 + 2 + 1 + 1 + 2  # and the copies of input and result
+    block = next(launch for launch in planned.launches if launch.kernel.startswith("inverted"))
+    # x, y and the projection in float16, each once; the depthwise weights and biases in float32.
+    assert block.bytes == 2 * (48 * 112 * 112 + 32 * 16) + 4 * (32 * 10 + 16)
+    assert block.flops == 2 * 112 * 112 * 32 * (9 + 16)
     assert {row.backend for row in planned.report.rows} == {"cuda", "triton"}
     assert planned.summary().startswith("MobileNetV2 on NVIDIA H200: ")
 
