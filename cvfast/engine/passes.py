@@ -7,6 +7,7 @@ from functools import partial
 
 from cvfast.ops.inverted_residual import fuses
 
+from .grouping import group_branches
 from .nodes import (
     Concat,
     Conv,
@@ -37,6 +38,8 @@ def fuse(graph: Graph, target: Target) -> None:
     fuse_inverted_residuals(graph, partial(_block_backend, target=target))
     read_two_sources(graph)
     read_contiguous_inputs(graph)
+    if target.gpu is not None:
+        group_branches(graph)
 
 
 def _remove(graph: Graph, *gone: Node) -> None:
