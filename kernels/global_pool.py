@@ -21,7 +21,7 @@ from cvfast.launch.global_pool.triton import Launch
 
 from . import compiler, matmul
 from .jit import jit, kernel
-from .layout import strides
+from .plan import strides
 
 
 @jit

@@ -36,7 +36,7 @@ from cvfast.launch.inception.triton import Launch
 
 from . import compiler, conv, matmul, pool
 from .jit import jit, kernel
-from .layout import Plan, Strides, strides
+from .plan import Plan, Strides, strides
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,8 @@ def _plan(
     }
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     grid = launches.grid(problem, launch, "forward")
-    return Plan(grid, (tuple(sizes), tuple(results)), constants, options)
+    numbers = (tuple(sizes), tuple(results))
+    return Plan("inception", _branches, grid, numbers, constants, options)
 
 
 def source(

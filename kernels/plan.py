@@ -20,7 +20,7 @@ class Plan:
     op: str
     kernel: Kernel
     grid: tuple[int, ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, int]
 

@@ -22,7 +22,7 @@ from cvfast.launch.pool.triton import Launch
 
 from . import compiler, matmul
 from .jit import jit, kernel
-from .layout import strides
+from .plan import strides
 
 
 @jit

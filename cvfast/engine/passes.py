@@ -12,6 +12,7 @@ from torch import Tensor
 from cvfast.ops.inverted_residual import fuses, fuses_on_gpu, problem, squeeze_problem
 from cvfast.perf.devices import Device
 
+from .grouping import group_branches
 from .nodes import (
     Concat,
     Conv,
@@ -42,8 +43,10 @@ def fuse(graph: Graph, target: Target) -> None:
     fuse_inverted_residuals(graph, partial(_block_backend, target=target))
     read_two_sources(graph)
     read_contiguous_inputs(graph)
-    if target.gpu is not None and not target.in_place:
-        copy_results_once(graph)
+    if target.gpu is not None:
+        group_branches(graph)
+        if not target.in_place:
+            copy_results_once(graph)
 
 
 def _remove(graph: Graph, *gone: Node) -> None:
