@@ -20,7 +20,8 @@ _LEAST = 16  # sizes of a matrix product
 _MAX_COLUMNS = 65535  # programs along the second axis of a grid
 _MAX_IMAGE_ROWS = 31  # the kernel has a bit of a number for each
 _MAX_REGISTERS = 255
-_MAX_CHANNELS = 64  # from 80 on, sm_80's code spills
+_MAX_PIXEL_BYTES = 128  # of channels that are expanded; beyond, sm_80's code spills
+_MAX_SHARED = 65536
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def unsupported(problem: Problem) -> str | None:
     """Why no kernel can be launched for the problem; None if one can."""
     if problem.kernel[0] > _MAX_IMAGE_ROWS:
         return f"the kernel takes windows of up to {_MAX_IMAGE_ROWS} rows, not {problem.kernel[0]}"
-    if problem.expands and problem.channels > _MAX_CHANNELS:
+    most = _MAX_PIXEL_BYTES // problem.dtype.itemsize
+    if problem.expands and problem.channels > most:
         return (
-            f"the kernel expands at most {_MAX_CHANNELS} channels: the operands of "
+            f"the kernel expands at most {most} channels of {problem.dtype}: the operands of "
             f"{problem.channels} fill a thread's registers"
         )
     return None
@@ -139,30 +141,40 @@ def candidates(problem: Problem, pass_: str, device: Device, limit: int = 32) ->
 
 
 def _launches(problem: Problem) -> Iterator[Launch]:
-    """A warp takes 16 hidden channels and 16 positions: 8 numbers a lane of each row's sums, which
-    leaves registers for some rows and, beside them, the projection's sums."""
-    wide = problem.channels > _FEW_CHANNELS
+    """Launches that compile without spills on every architecture.
+
+    A warp takes 16 hidden channels and 16 positions, 8 numbers a lane of each row's sums, which
+    leaves registers for some rows and, beside them, the projection's sums; a quarter of that where
+    the matrix units cannot multiply.
+    """
+    exact = problem.expands and problem.dtype == torch.float32 and not problem.tf32
+    wide = problem.channels * problem.dtype.itemsize > _FEW_BYTES
     # Many products of few channels: the compiler loads the operands of each when it needs them.
-    channels = 16 if wide or problem.channels <= 16 else _FEW_CHANNELS
+    channels = 16 if wide or problem.channels <= 16 else 32
     most = _MAX_SUMS[wide or problem.kernel[0] > 3]
-    for num_warps in (1, 2, 4, 8):
+    # Strips of nearly equal height.
+    heights = sorted({-(-problem.out_height // n) for n in range(1, problem.out_height + 1)})
+    for num_warps in (4, 8) if exact else (1, 2, 4, 8):
+        hidden = (4 if exact else 16) * num_warps
         outputs = _LEAST
         if problem.projects:
             # Sums of 32 numbers a lane and row at most.
             outputs = min(_power_of_two(problem.out_channels), 64 * num_warps)
-        shape = Launch(1, 16, 16 * num_warps, channels, outputs, num_warps)
-        # Strips of nearly equal height.
-        heights = {-(-problem.out_height // n) for n in range(1, problem.out_height + 1)}
-        limit = min(most // _sums(problem, shape), _most_rows(problem))
-        for rows in sorted(heights):
-            if rows <= max(1, limit):
-                yield Launch(rows, *astuple(shape)[1:])
+        for rows in heights:
+            launch = Launch(rows, 16, hidden, channels, outputs, num_warps)
+            fits = rows * _sums(problem, launch) <= most and rows <= _most_rows(problem)
+            need, shared = _registers(problem, launch), shared_bytes(problem, launch)
+            if (exact and rows > 2) or shared > _MAX_SHARED:
+                continue
+            if rows == 1 or (fits and need <= _MOST_REGISTERS):
+                yield launch
 
 
-# Numbers a lane of the sums of all rows that compile without spills: with few channels and windows
-# of up to 3 rows, and with more.
+# Numbers a lane of the sums of all rows that compile without spills: with few bytes of channels and
+# windows of up to 3 rows, and with more; and what `_registers` may come to.
 _MAX_SUMS = (64, 40)
-_FEW_CHANNELS = 32
+_FEW_BYTES = 64
+_MOST_REGISTERS = 224
 
 
 def _most_rows(problem: Problem) -> int:
@@ -183,10 +195,26 @@ def _numbers(channels: int, launch: Launch) -> int:
 
 def registers(problem: Problem, launch: Launch, pass_: str = "forward") -> int:
     """About how many registers a thread needs; within a third of what the compiler takes."""
-    # Four lanes hold a position's channels, two a register: of x for each row, of the weights once.
-    operands = _round_up(problem.channels, launch.channels) // 4 if problem.expands else 4
+    return min(launch.registers, _registers(problem, launch))
+
+
+def _registers(problem: Problem, launch: Launch) -> int:
+    # Four lanes hold a position's channels, 4 bytes a register: of x for each row, of the weights
+    # once.
+    operands = 4
+    if problem.expands:
+        operands = _round_up(problem.channels, launch.channels) * problem.dtype.itemsize // 8
     rows = launch.rows * _sums(problem, launch) + _image_rows(problem, launch) * (6 + operands)
-    return min(launch.registers, 48 + rows + operands + 4 * problem.kernel[0])
+    return 48 + rows + operands + 4 * problem.kernel[0]
+
+
+def shared_bytes(problem: Problem, launch: Launch, pass_: str = "forward") -> int:
+    """About how many bytes of shared memory a program needs: what products have to pass through
+    it, one matrix of weights and one of images at a time."""
+    widths = [launch.channels] if problem.expands else [0]
+    if problem.projects:
+        widths.append(launch.outputs)
+    return problem.dtype.itemsize * launch.hidden * (max(widths) + launch.positions)
 
 
 # What `predict` counts with. From the code: instructions of a warp for each row of the image and
@@ -209,7 +237,9 @@ def predict(problem: Problem, launch: Launch, pass_: str, device: Device) -> flo
     """
     architecture = device.architecture
     threads = WARP * launch.num_warps
-    held = occupancy(architecture, threads, registers(problem, launch), 8192).blocks_per_sm
+    held = occupancy(
+        architecture, threads, registers(problem, launch), shared_bytes(problem, launch)
+    ).blocks_per_sm
     programs = math.prod(grid(problem, launch))
     if programs == 0:
         return LAUNCH
