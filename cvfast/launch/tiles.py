@@ -1,7 +1,8 @@
 """How a matrix kernel cuts its product into tiles: the launch parameters, and what they cost.
 
 `cycles` is a model, not a measurement; its constants say where they come from. It ranks the ways of
-cutting a product: the first is the heuristic's choice, the following are what the tuner times.
+cutting a product: the first is the heuristic's choice, it and those that follow are what the tuner
+times.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from cvfast.perf.devices import WARP, Device
+
+# With eight, Triton compiles loops over pairs of tap and channels into code that is silently wrong
+# (pytorch issue 173068, seen there on an H100).
+MAX_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Product:
         groups: matrices of columns beside each other, none of whose tiles overlap.
         taps: times that each depth is walked over.
         depths: channels of each source.
+        residual: whether an image is added, which takes registers beside the sums.
         scattered: elements of a tile are loaded one by one, not 16 bytes at a time.
         itemsize: bytes of an element.
         matrix_units: whether they do the product; else float32 is multiplied by the common units.
@@ -55,6 +61,7 @@ class Product:
     groups: int
     taps: int
     depths: tuple[int, ...]
+    residual: bool
     scattered: bool
     itemsize: int
     matrix_units: bool
@@ -92,7 +99,7 @@ def validate(op: str, product: Product, launch: Launch) -> None:
             name, 16 <= value <= most and value & (value - 1) == 0,
             f"a power of two from 16 to {most}",
         )  # fmt: skip
-    require("num_warps", launch.num_warps in (1, 2, 4, 8, 16), "a power of two up to 16")
+    require("num_warps", launch.num_warps in (1, 2, MAX_WARPS), f"1, 2 or {MAX_WARPS}")
     require("num_stages", 1 <= launch.num_stages <= 8, "1 to 8")
     steps = max(1, product.steps(launch.block_k))
     require("splits", 1 <= launch.splits <= steps, f"1 to the {steps} steps of a tile")
@@ -189,26 +196,28 @@ def _resident(product: Product, launch: Launch, device: Device) -> int:
 
 
 def _registers(product: Product, launch: Launch) -> int:
-    """Of a thread, about: its sums and its copies."""
+    """Of a thread, about: its sums, what is added to them, and its copies."""
     threads = launch.num_warps * WARP
     copies = launch.block_k * product.itemsize / 16 / threads
     x, weight = _REGISTERS_X * launch.block_m, _REGISTERS_WEIGHT * launch.block_n
-    return int(launch.block_m * launch.block_n / threads + copies * (x + weight))
+    sums = launch.block_m * launch.block_n / threads
+    added = sums * product.itemsize / 4 if product.residual else 0
+    second = _REGISTERS_X if len(product.depths) > 1 and product.depths[1] else 0
+    return int(sums + added + copies * (x + weight) + second)
 
 
 def _options(product: Product, device: Device) -> Iterator[Launch]:
     """Every way worth considering."""
     width = max(16, min(256, 1 << (product.columns - 1).bit_length()))
     depth = max(16, min(64, 1 << (max(product.depths) - 1).bit_length()))
-    for m, n, k, warps, stages in itertools.product(
-        (64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)
+    for m, n, k, stages in itertools.product(
+        (64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64), (2, 3, 4)
     ):
-        launch = Launch(m, n, k, 1, warps, stages)
-        # Warpgroups of sm_90 multiply 64 rows each: eight warps take 128. Rows of 128 bytes are the
-        # widest that shared memory swizzles.
-        if n > width or k > depth or m < 16 * warps or k * product.itemsize > 128:
+        launch = Launch(m, n, k, num_stages=stages)
+        # Rows of 128 bytes are the widest that shared memory swizzles.
+        if n > width or k > depth or k * product.itemsize > 128:
             continue
-        if not product.matrix_units and m * n > _MAX_SUMS_COMMON * warps * WARP:
+        if not product.matrix_units and m * n > _MAX_SUMS_COMMON * launch.num_warps * WARP:
             continue
         if _registers(product, launch) > _MAX_REGISTERS or not _resident(product, launch, device):
             continue
@@ -217,7 +226,7 @@ def _options(product: Product, device: Device) -> Iterator[Launch]:
             # Shares of four steps at least, and only as many as fill the device.
             few = splits == 1 or (steps >= 4 * splits and tiles * splits < 2 * device.sms)
             if few and (splits == 1 or product.groups == 1):
-                yield Launch(m, n, k, splits, warps, stages)
+                yield Launch(m, n, k, splits, num_stages=stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -231,23 +240,16 @@ def ranked(product: Product, device: Device) -> tuple[Launch, ...]:
             launch.splits,
             abs(launch.num_stages - 3),
             _stage_bytes(product, launch),
-            launch.num_warps,
         )
 
     return tuple(sorted(_options(product, device), key=key))
 
 
 def heuristic(product: Product, device: Device) -> Launch:
-    """The cheapest of `ranked` with four warps.
-
-    Eight are left to the tuner, which checks what it times: Triton's convolutions of eight warps
-    have been silently wrong (pytorch issue 173068).
-    """
-    return next(launch for launch in ranked(product, device) if launch.num_warps == 4)
+    """The cheapest of `ranked`."""
+    return ranked(product, device)[0]
 
 
 def candidates(product: Product, device: Device, limit: int) -> list[Launch]:
-    """The heuristic's launch parameters, then the cheapest others; at most `limit`."""
-    first = heuristic(product, device)
-    others = (launch for launch in ranked(product, device) if launch != first)
-    return [first, *itertools.islice(others, max(0, limit - 1))]
+    """The cheapest of `ranked`; at most `limit`."""
+    return list(ranked(product, device)[:limit])

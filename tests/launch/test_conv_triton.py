@@ -70,15 +70,14 @@ def test_small_images_are_shared_out_and_large_batches_are_not(device: devices.D
     assert triton.grid(PROBLEM, launch, "forward")[0] > device.sms // 3
     launch = triton.heuristic(LARGE, "forward", device)
     assert launch.splits == 1
-    assert launch.block_m * launch.block_n >= 64 * 128
+    assert launch.block_m * launch.block_n >= 64 * 64
 
 
 @EVERY_DEVICE
-def test_the_heuristic_takes_four_warps_and_wastes_little(device: devices.Device) -> None:
+def test_the_heuristic_wastes_few_columns(device: devices.Device) -> None:
     for op, module in (("conv", triton), ("upconv", up)):
         for call in calls.network_calls([op]):
             launch = module.heuristic(call.problem, "forward", device)
-            assert launch.num_warps == 4
             product = module.product(call.problem)
             columns = -(-product.columns // launch.block_n) * launch.block_n
             assert columns <= 1.5 * product.columns
@@ -110,7 +109,8 @@ def test_shares_of_the_transposed_convolution_are_refused() -> None:
         ({"block_m": 8}, "block_m=8: expected a power of two from 16 to 256"),
         ({"block_n": 48}, "block_n=48: expected a power of two from 16 to 256"),
         ({"block_k": 256}, "block_k=256: expected a power of two from 16 to 128"),
-        ({"num_warps": 3}, "num_warps=3: expected a power of two up to 16"),
+        ({"num_warps": 3}, "num_warps=3: expected 1, 2 or 4"),
+        ({"num_warps": 8}, "num_warps=8: expected 1, 2 or 4"),
         ({"num_stages": 0}, "num_stages=0: expected 1 to 8"),
         ({"splits": 0}, "splits=0: expected 1 to the 144 steps"),
         ({"splits": 145}, "splits=145: expected 1 to the 144 steps"),

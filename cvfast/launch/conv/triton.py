@@ -22,6 +22,7 @@ def product(problem: Problem) -> Product:
         groups=1,
         taps=taps,
         depths=depths,
+        residual=problem.residual,
         scattered=problem.flat,
         itemsize=problem.dtype.itemsize,
         matrix_units=tiles.matrix_units(problem.dtype, problem.tf32),
