@@ -95,7 +95,8 @@ def _sum_pooled(
         left, width, PADDING_W, KERNEL_W, KIND == "avg"
     )
     divisor = tl.maximum(count, 1).to(tl.float32)[:, None]
-    for begin in range(0, channels, BLOCK_K):
+    # Not loaded ahead: each tap's pixels would take a buffer of their own in shared memory.
+    for begin in tl.range(0, channels, BLOCK_K, num_stages=1):
         channel = begin + element
         exists = channel < channels
         mask = inside[:, None] & exists[None, :]
@@ -125,6 +126,12 @@ def _tile(
 ):  # fmt: skip
     """Tile number `program` of a branch."""
     pixels, plane, row_length, height, width, channels, panels, x_image, x_row, x_pixel = sizes
+    KIND: tl.constexpr = STATIC.kind
+    KERNEL_H: tl.constexpr = STATIC.kernel_height
+    KERNEL_W: tl.constexpr = STATIC.kernel_width
+    PADDING_Y: tl.constexpr = STATIC.padding_y
+    PADDING_X: tl.constexpr = STATIC.padding_x
+    EVEN: tl.constexpr = STATIC.even
     ALIGN: tl.constexpr = STATIC.align
     OUT_ALIGN: tl.constexpr = STATIC.out_align
     PARTS: tl.constexpr = STATIC.parts
@@ -137,27 +144,27 @@ def _tile(
     columns = first_column + tl.arange(0, BLOCK_N)
     inside = index < pixels
     image, row, column = matmul.pixel(index, plane, row_length)
-    top = row * STATIC.stride_y - STATIC.padding_y
-    left = column * STATIC.stride_x - STATIC.padding_x
+    top = row * STATIC.stride_y - PADDING_Y
+    left = column * STATIC.stride_x - PADDING_X
     depth = channels * ALIGN
     down = x_row.to(tl.int64) * ALIGN
     right = x_pixel.to(tl.int64) * ALIGN
     sums = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    if STATIC.kind == "conv":
+    if KIND == "conv":
         blocks = (depth + BLOCK_K - 1) // BLOCK_K
-        steps = blocks * (STATIC.kernel_height * STATIC.kernel_width)
+        steps = blocks * (KERNEL_H * KERNEL_W)
         corner = matmul.place(image, top, left, x_image, x_row, x_pixel, ALIGN)
         sums = conv.sum_blocks(
             sums, x, weight, corner, top, left, inside, columns, 0, steps, depth, depth,
-            weight_stride, height, width, down, right, 1, 1, STATIC.kernel_width, STATIC.even,
-            PRECISION, BLOCK_K,
+            weight_stride, height, width, down, right, 1, 1, KERNEL_W, EVEN, PRECISION,
+            BLOCK_K,
         )  # fmt: skip
     else:
         first_pixel = image.to(tl.int64) * (x_image.to(tl.int64) * ALIGN)
         sums = _sum_pooled(
             sums, x, weight, first_pixel, top, left, inside, columns, depth, weight_stride, height,
-            width, down, right, STATIC.kind, STATIC.kernel_height, STATIC.kernel_width,
-            STATIC.padding_y, STATIC.padding_x, PRECISION, BLOCK_M, BLOCK_K,
+            width, down, right, KIND, KERNEL_H, KERNEL_W, PADDING_Y, PADDING_X, PRECISION, BLOCK_M,
+            BLOCK_K,
         )  # fmt: skip
     exists = columns < weight_stride
     value = matmul.finish(sums, bias, columns, exists, bias, exists, ACTIVATION, False)

@@ -8,9 +8,10 @@ import functools
 from cvfast.launch import tiles
 from cvfast.launch.inception import PASSES, Branch, Problem
 from cvfast.launch.tiles import Launch, Product
-from cvfast.perf.devices import Device
+from cvfast.perf.devices import WARP, Device
 
 __all__ = ["Launch", "candidates", "grid", "heuristic", "product", "validate"]
+
 
 
 def product(problem: Problem, branch: Branch) -> Product:
@@ -80,9 +81,23 @@ def _ranked(problem: Problem, device: Device) -> tuple[Launch, ...]:
         )
         return tiles.cycles(merged, launch, device) * covered / max(1, work)
 
-    whole = [launch for launch in tiles.ranked(merged, device) if launch.splits == 1]
+    pools = any(branch.kind != "conv" for branch in problem.branches)
+    whole = [
+        launch
+        for launch in tiles.ranked(merged, device)
+        if launch.splits == 1 and not (pools and _crowded(launch))
+    ]
     # Of equals, those of the fewest steps.
     return tuple(sorted(whole, key=lambda launch: (round(cost(launch)), -launch.block_k)))
+
+
+def _crowded(launch: Launch) -> bool:
+    """Whether pooled pixels, those in flight and the sums are more than registers hold: of a 3x3
+    window, tiles of 128 x 64 with steps of 32 spilled on sm_90."""
+    lanes = launch.num_warps * WARP
+    return launch.block_m * launch.block_k > 16 * lanes or (
+        launch.block_m * launch.block_n > 64 * lanes
+    )
 
 
 def heuristic(problem: Problem, pass_: str, device: Device) -> Launch:
