@@ -253,6 +253,4 @@ def _side_by_side(same: list[Member]) -> Member:
     first = same[0]
     packed = inception.join([member.packed for member in same])
     outs = tuple(image for member in same for image in member.outs)
-    return Member(
-        first.x, packed, outs, first.kind, first.kernel_size, first.stride, first.padding
-    )
+    return Member(first.x, packed, outs, first.kind, first.kernel_size, first.stride, first.padding)

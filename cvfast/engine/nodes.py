@@ -87,7 +87,7 @@ class Call(NamedTuple):
 
     operator: Callable[..., Any]
     arguments: tuple[Any, ...]
-    outputs: dict[str, Tensor | list[Tensor]]
+    outputs: dict[str, Any]
 
     def __call__(self) -> None:
         self.operator(*self.arguments, **self.outputs)

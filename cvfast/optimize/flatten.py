@@ -50,7 +50,7 @@ class Segment:
     members: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
-    results: list[tuple[Image, tuple[int, ...]]] = field(default_factory=list)
+    results: list[tuple[Image, tuple[int, int, int, int]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
