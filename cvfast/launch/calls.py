@@ -22,13 +22,14 @@ from cvfast.launch import (
     depthwise,
     elementwise,
     global_pool,
+    inception,
     inverted_residual,
     pointwise,
     pool,
     table,
     upconv,
 )
-from cvfast.launch.networks import blocks, layers, steps
+from cvfast.launch.networks import blocks, layers, modules, steps
 from cvfast.models import default_input_size
 
 BATCHES = (1, 256)
@@ -244,6 +245,25 @@ def _copy_layout(name: str) -> Problems:
     yield copy_layout.Problem(1, *image, source="pixels", target="channels"), "none"
 
 
+def _inception(name: str) -> Problems:
+    for module in modules(name):
+        for level in module:
+            # Pointwise convolutions of one image are one product that writes several.
+            alike: dict[tuple[Any, ...], tuple[int, ...]] = {}
+            for *pooling, last in level:
+                first = pooling[0] if pooling else last
+                kind = {"max": "max", "average": "avg"}.get(first.kind, "conv")
+                size = (first.channels, first.height, first.width)
+                geometry = (kind, first.kernel, first.stride, first.padding)
+                alike[size, geometry] = (*alike.get((size, geometry), ()), last.out_channels)
+            branches = tuple(
+                inception.Branch(*size, parts, *geometry)
+                for (size, geometry), parts in alike.items()
+            )
+            if len(branches) > 1 or len(branches[0].parts) > 1:
+                yield inception.Problem(1, branches), level[0][-1].activation
+
+
 COLUMNS = (
     Column("depthwise", ("triton", "cuda"), _MOBILENETS, _depthwise),
     Column("pointwise", ("triton",), _NETWORKS, _pointwise, matrix=True),
@@ -251,6 +271,7 @@ COLUMNS = (
     Column("upconv", ("triton",), ("unet",), _upconv, matrix=True),
     Column("pool", ("triton",), _NETWORKS, _pool),
     Column("global_pool", ("triton",), _NETWORKS, _global_pool, home="pool"),
+    Column("inception", ("triton",), ("googlenet", "inception_v3"), _inception, matrix=True),
     Column("elementwise", ("triton",), _NETWORKS, _elementwise),
     Column("copy_layout", ("triton",), _NETWORKS, _copy_layout, home="layout"),
     Column("inverted_residual", ("triton", "cuda"), _MOBILENETS, _inverted_residual, matrix=True),

@@ -7,7 +7,7 @@ operators are recorded. `layers` finds in them the convolutions with what belong
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -174,6 +174,70 @@ def blocks(name: str) -> tuple[Block, ...]:
             )
         )
     return tuple(found)
+
+
+Branch = tuple[Layer, ...]
+"""Layers that read each other, first to last."""
+
+
+@functools.cache
+def modules(name: str) -> tuple[tuple[tuple[Branch, ...], ...], ...]:
+    """The Inception modules of a network, in order, each as levels: what may run side by side.
+
+    A level holds convolutions, and poolings with the pointwise convolution that alone reads them.
+    The first reads the module's image, the others what those before wrote.
+    """
+    nested = {s for step in steps(name) if step.name == "cat" for s in step.sources}
+    found = []
+    for step in steps(name):
+        if step.name != "cat" or step in nested:
+            continue
+        levels: list[dict[tuple[Step, ...], None]] = []
+        for chain in _chains(step):
+            for depth, together in enumerate(_grouped(chain)):
+                if depth == len(levels):
+                    levels.append({})
+                levels[depth][together] = None
+        found.append(tuple(tuple(map(_layers_of, level)) for level in levels))
+    return tuple(found)
+
+
+def _chains(step: Step) -> Iterator[list[Step]]:
+    """The convolutions and poolings of each branch that ends in a concatenation, first to last."""
+    for source in step.sources:
+        if source is None:
+            continue
+        if source.name == "cat":
+            yield from _chains(source)
+            continue
+        chain: list[Step] = []
+        at: Step | None = source
+        # The module's image is read by every branch, what is within by two at most.
+        while at is not None and at.name != "cat" and len(at.users) < 3:
+            if _layer(at) is not None:
+                chain.append(at)
+            at = at.sources[0]
+        yield chain[::-1]
+
+
+def _grouped(chain: Sequence[Step]) -> Iterator[tuple[Step, ...]]:
+    """A chain in pieces: a pooling with the pointwise convolution behind it, else single ones.
+
+    A pooling that no such convolution reads, as where a module halves its image, is left out.
+    """
+    pooling: Step | None = None
+    for step in chain:
+        if step.name != "convolution":
+            pooling = step
+        elif pooling is None:
+            yield (step,)
+        else:
+            yield (pooling, step)
+            pooling = None
+
+
+def _layers_of(together: Sequence[Step]) -> Branch:
+    return tuple(layer for step in together if (layer := _layer(step)) is not None)
 
 
 def _layer(step: Step) -> Layer | None:

@@ -99,6 +99,26 @@ def test_the_blocks_of_the_mobilenets_are_found() -> None:
     assert sum(block.project is None for block in v3) == 8
 
 
+def test_an_inception_module_is_two_launches() -> None:
+    # Szegedy et al., 2015, table 1: nine modules; inception (3a) first.
+    found = [problem for problem, _ in calls.column("inception").problems("googlenet")]
+    assert len(found) == 2 * 9
+    reduce, convolve = found[:2]
+    shared, pooled = reduce.branches
+    assert (shared.channels, shared.parts, shared.kind) == (192, (64, 96, 16), "conv")
+    assert (pooled.parts, pooled.kind, pooled.kernel) == ((32,), "max", (3, 3))
+    assert [(b.channels, b.parts, b.kernel) for b in convolve.branches] == [
+        (96, (128,), (3, 3)), (16, (32,), (3, 3)),
+    ]  # fmt: skip
+
+
+def test_branches_that_fork_are_found() -> None:
+    # Szegedy et al., 2016, figure 7: both branches of 3x3 end in a 1x3 and a 3x1 each.
+    *_, second, third = networks.modules("inception_v3")[-1]
+    kernels = [[layer.kernel for layer in branch] for branch in (*second, *third)]
+    assert kernels == [[(1, 3)], [(3, 1)], [(3, 3)], [(1, 3)], [(3, 1)]]
+
+
 @EVERY
 def test_every_problem_ships_at_every_batch_dtype_and_pass(op: str) -> None:
     shipped = calls.network_calls([op])
