@@ -24,6 +24,7 @@ PAGES = [
     ROOT / "docs" / "benchmarking.md",
     ROOT / "docs" / "compiled_code.md",
     ROOT / "docs" / "engine.md",
+    ROOT / "docs" / "kernels" / "inverted_residual_cuda.md",
 ]
 EAGER = ("eager", "eager_channels_last")
 SETTING = ("threads", "batch", "dtype")  # what a summary of the depthwise layers is over
@@ -289,6 +290,44 @@ def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def blocks(results: Path = RESULTS) -> str:
+    """MobileNet v2's blocks in one CUDA kernel and in one for each layer, a row each and batch."""
+    predicted = _load(results / "gpu" / "predicted_blocks.json")
+    if predicted is None:
+        return not_counted("python benchmarks/predict_blocks.py")
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in predicted["rows"]:
+        groups.setdefault((row["block"].split(",")[0], row["batch"]), []).append(row)
+    header = ["block", "batch", "GFLOP", "MB", "MB separate"]
+    header += ["tile, warps (H200)", "recompute", "occupancy", "bound by"]
+    header += [f"µs on {row['device'].split()[-1]}" for row in next(iter(groups.values()))]
+    body = []
+    for (block, batch), group in groups.items():
+        first, launch = group[0], group[0]["launch"]
+        tile = f"{launch['images']}x{launch['rows']}x{launch['columns']}"
+        warps = f"{launch['down']}x{launch['across']}"
+        splits = f", {launch['splits']} splits" if launch["splits"] > 1 else ""
+        body.append(
+            [
+                block.replace(" at 1x", " at "),
+                str(batch),
+                f"{1e-9 * first['flops']:.2f}",
+                f"{1e-6 * first['bytes']:.2f}",
+                f"{1e-6 * first['bytes_separate']:.2f}",
+                f"{tile}, {warps}{splits}",
+                f"{first['recompute']:.2f}",
+                f"{first['occupancy']:.0%}",
+                first["limiter"],
+                *(
+                    f"{mark}{1e6 * row['seconds']:.1f}{mark} / {1e6 * row['seconds_separate']:.1f}"
+                    for row in group
+                    for mark in ["**" if row["fuses"] else ""]
+                ),
+            ]
+        )
+    return markdown(header, body)
+
+
 def not_counted(command: str) -> str:
     """What stands in place of a table of counts that are not there."""
     return f"Not counted yet: run `{command}`.\n"
@@ -352,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depthwise-predicted": functools.partial(predictions, op="depthwise"),
     "predicted": predictions,
     "plans": plans,
+    "blocks-predicted": blocks,
     "plan-families": plan_families,
 }
 

@@ -13,13 +13,13 @@
 //
 // Two barriers a chunk: project the chunk before and expand this one | convolve this one. Weights
 // of the next chunk travel while this one is convolved, into the memory of those that were used up
-// just before: counted for 64-384-64 at 14x14, 7 x 14 outputs a tile, that is 45 % of a chunk's
-// instructions, some 900 cycles a block when two share a multiprocessor, and an L2 cache answers in
-// 300. A second buffer would take 2 * 32 * (C + O) bytes, which is a block a multiprocessor fewer.
+// just before: counted for 64-384-64 at 14x14, 7 x 14 outputs a tile, the convolution is 56 % of a
+// chunk's instructions, 1800 cycles where two blocks share a multiprocessor, and an L2 cache
+// answers in 300. A second buffer would cost 64 (C + O) bytes and with it resident blocks.
 //
-// mma.sync and not wgmma on sm_90: at 5 FLOP for each byte that the mma phases move through shared
-// memory, the tensor cores are idle most of the time either way, and tiles of 16 rows fit the
-// 49 pixels of the small planes, those of 64 do not.
+// mma.sync and not wgmma on sm_90: the tensor cores are busy for 6 to 36 % of the time that the
+// other instructions need to issue, down to 14x14, and wgmma's tiles of 64 rows would not fit the
+// 49 pixels of the planes below.
 #pragma once
 
 #include <cstdint>

@@ -239,11 +239,9 @@ _BARRIER = 40
 _L2_LATENCY = 300
 _SCHEDULERS = 4
 
-# Multiply-adds a cycle of a multiprocessor's tensor cores by mma.sync with 16-bit operands and
-# float32 sums: data sheets (dense FLOP/s over multiprocessors and boost clock), and on sm_90 and
-# sm_100, where it reaches a part of what wgmma and tcgen05 do, sm_80's.
-_TENSOR_RATE = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024}
-_CONSUMER_TENSOR_RATE = 256
+# Multiply-adds a cycle of a multiprocessor by mma.sync, at most: sm_80's. The tensor cores of sm_90
+# and sm_100 reach the rest of their data sheet's rate by wgmma and tcgen05 only.
+_MMA_RATE = 1024
 
 
 @dataclass(frozen=True)
@@ -296,7 +294,7 @@ def cost(problem: Problem, launch: Launch, device: Device) -> Cost:
     chunks = -(-_chunks(problem) // launch.splits)
     share = problem.hidden / (CHUNK * _chunks(problem))  # of a mean chunk that exists
     phases = _phases(problem, launch, inputs, share)
-    rate = _TENSOR_RATE.get(architecture.name, _CONSUMER_TENSOR_RATE)
+    rate = min(_MMA_RATE, device.matrix_flops(problem.dtype) / (2 * device.sms * clock))
     busy = {"issue": 0.0, "shared memory": 0.0, "tensor": 0.0}
     alone = 0.0
     for phase in phases:
