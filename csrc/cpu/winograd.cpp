@@ -1,15 +1,22 @@
 #include "cpu/winograd.h"
 
+#include <limits>
+
 #define CVFAST_KERNEL_SOURCE "cpu/winograd_kernel.h"
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
 namespace {
 
-// Tiles of a block. Measured on Zen 5 (1 MB of L2): up to 256 channels any number from 14 to 224
-// runs within 5 %; at 512 and more, 112 run 1.3 times as fast as 14, though their inputs then lie
-// in L3, for the weights cross from L3 once per block.
-constexpr int64_t kTiles = 112;
+// Tiles of the widest register tile.
+constexpr int64_t kStep = 14;
+
+// Tiles of a block at most: scratch memory grows with them. Measured on Zen 5 (1 MB of L2), 32 to
+// 512 channels: 28 are as fast as 112, within 2 %; at 512, 14 take up to 1.4 times as long, for all
+// weights pass over each block. Beyond, where weights come from memory, blocks are large.
+int64_t most_tiles(int64_t channels) { return channels <= 512 ? 2 * kStep : 8 * kStep; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t outputs_across(ConvAlgorithm algorithm) {
     return algorithm == ConvAlgorithm::winograd_f4 ? 4 : 2;
@@ -28,7 +35,6 @@ int64_t tile_count(const ConvShape& s, ConvAlgorithm algorithm) {
 }  // namespace
 
 ConvPlan winograd_plan(const ConvShape& s, int threads) {
-    constexpr int64_t kStep = 14;  // tiles of the widest register tile
     const int64_t taps = taps_of(s.algorithm);
     const int64_t tiles = tile_count(s, s.algorithm);
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
@@ -36,16 +42,28 @@ ConvPlan winograd_plan(const ConvShape& s, int threads) {
     ConvPlan plan{};
     plan.threads = threads;
     plan.channel_blocks = 1;
-    plan.pixel_blocks = (tiles + kTiles - 1) / kTiles;
+    plan.tiles = most_tiles(s.in_channels);
+    int64_t least_blocks = 1;
     // Threads share out the larger operand, and each reads all of the smaller.
     if (s.out_channels > tiles && panels >= 2 * threads) {
         plan.channel_blocks = threads;
     } else {
-        plan.pixel_blocks = (plan.pixel_blocks + threads - 1) / threads * threads;
+        least_blocks = threads;
+        // Of the sizes with which the busiest thread has fewest tiles, the largest.
+        int64_t least = std::numeric_limits<int64_t>::max();
+        for (int64_t size = plan.tiles; size >= kStep; size -= kStep) {
+            const int64_t blocks = ceil_div(tiles, size);
+            const int64_t busiest = ceil_div(blocks, threads) * size;
+            if (busiest < least) {
+                least = busiest;
+                plan.tiles = size;
+            }
+        }
     }
-    const int64_t even = (tiles + plan.pixel_blocks - 1) / plan.pixel_blocks;
-    plan.tiles = even < kStep ? even : (even + kStep - 1) / kStep * kStep;
-    plan.pixel_blocks = (tiles + plan.tiles - 1) / plan.tiles;
+    // As even as whole register tiles allow; few tiles, as even as can be.
+    const int64_t even = ceil_div(tiles, std::max(least_blocks, ceil_div(tiles, plan.tiles)));
+    plan.tiles = even < kStep ? even : std::min(tiles, ceil_div(even, kStep) * kStep);
+    plan.pixel_blocks = ceil_div(tiles, plan.tiles);
     plan.scratch_bytes = winograd_scratch(s.in_channels, taps, plan.tiles).bytes();
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
