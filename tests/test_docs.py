@@ -157,8 +157,12 @@ def test_support_matrix() -> None:
     assert {(row[0], row[1]) for row in matrix} == {
         ("`depthwise`", "`cpu`"), ("`depthwise`", "`cuda`"), ("`depthwise`", "`triton`"),
         ("`depthwise`", "`onednn`"), ("`depthwise`", "`reference`"),
-        ("`pointwise`", "`cpu`"), ("`pointwise`", "`onednn`"), ("`pointwise`", "`reference`"),
-        ("`conv`", "`cpu`"), ("`conv`", "`onednn`"), ("`conv`", "`reference`"),
+        ("`pointwise`", "`cpu`"), ("`pointwise`", "`triton`"), ("`pointwise`", "`onednn`"),
+        ("`pointwise`", "`reference`"), ("`conv`", "`cpu`"), ("`conv`", "`triton`"),
+        ("`conv`", "`onednn`"), ("`conv`", "`reference`"), ("`inverted_residual`", "`cpu`"),
+        ("`inverted_residual`", "`cuda`"), ("`inverted_residual`", "`triton`"),
+        ("`inverted_residual`", "`reference`"), ("`upconv`", "`triton`"),
+        ("`upconv`", "`reference`"),
     }  # fmt: skip
     for operator, backend, *cells in matrix:
         expected = [serves(operator.strip("`"), backend.strip("`"), dtype) for dtype in DTYPES]
