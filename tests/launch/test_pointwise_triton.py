@@ -8,14 +8,14 @@ import torch
 from cvfast.launch.pointwise import GENERAL, Problem
 from cvfast.launch.pointwise.triton import (
     Launch,
+    align,
     candidates,
     grid,
     heuristic,
-    share,
     shared_bytes,
+    steps,
     tiles,
     validate,
-    vector,
 )
 from cvfast.perf.devices import ARCHITECTURES, by_arch
 
@@ -39,7 +39,8 @@ def test_heuristic_can_be_launched(problem: Problem, dtype: torch.dtype, arch: s
     launch = heuristic(problem, "forward", device)
     validate(problem, launch)
     assert shared_bytes(problem, launch) <= device.architecture.shared_per_block
-    assert share(problem, launch) * launch.splits >= problem.channels
+    summed = steps(problem, launch) * launch.block_k * launch.splits
+    assert summed >= problem.channels
     assert grid(problem, launch)[0] >= 1
 
 
@@ -102,9 +103,8 @@ def test_too_many_pixels_are_refused() -> None:
         grid(Problem(1 << 17, 16, 16, 128, 128), Launch(16, 16, 16, 4, 2))
 
 
-def test_vector_follows_what_everything_is_a_multiple_of() -> None:
-    problem = Problem(1, 64, 64, 7, 7)
-    assert vector(problem, []) == 8
-    assert vector(problem, [24, 100]) == 4
-    assert vector(replace(problem, dtype=torch.float32), []) == 4
-    assert vector(replace(problem, channels=37), []) == 1
+def test_alignment_follows_what_everything_is_a_multiple_of() -> None:
+    assert align(torch.float16, 64) == 8
+    assert align(torch.float16, 64, 24, 100) == 4
+    assert align(torch.float32, 64) == 4
+    assert align(torch.float16, 37) == 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
+
+import torch
 
 from cvfast.perf.devices import MAX_THREADS, WARP, Device
 
@@ -85,16 +86,14 @@ def grid(problem: Problem, launch: Launch, pass_: str = "forward") -> tuple[int]
     return (min(count, launch.programs) if launch.programs else count,)
 
 
-def share(problem: Problem, launch: Launch) -> int:
-    """Input channels that one program sums: whole steps."""
-    steps = -(-problem.channels // launch.block_k)
-    return -(-steps // launch.splits) * launch.block_k
+def steps(problem: Problem, launch: Launch) -> int:
+    """Steps of block_k input channels that one program sums."""
+    return -(-problem.channels // (launch.block_k * launch.splits))
 
 
-def vector(problem: Problem, strides: Iterable[int]) -> int:
-    """Adjacent elements that the kernel may load or store at once, given the images' strides."""
-    widest = _VECTOR_BYTES // problem.dtype.itemsize
-    return math.gcd(widest, problem.channels, problem.out_channels, *strides)
+def align(dtype: torch.dtype, channels: int, *strides: int) -> int:
+    """Adjacent elements that the kernel may load or store at once, given an image's strides."""
+    return math.gcd(_VECTOR_BYTES // dtype.itemsize, channels, *strides)
 
 
 def shared_bytes(problem: Problem, launch: Launch) -> int:
@@ -124,9 +123,9 @@ def heuristic(problem: Problem, pass_: str, device: Device) -> Launch:
         launch = replace(launch, block_m=launch.block_m // 2)
     while tiles(problem, launch) < device.sms and launch.block_n > 32:
         launch = replace(launch, block_n=launch.block_n // 2)
-    steps = -(-problem.channels // launch.block_k)
+    walk = steps(problem, launch)
     wanted = device.sms // max(1, tiles(problem, launch))
-    launch = replace(launch, splits=max(1, min(wanted, steps // 4, MAX_SPLITS)))
+    launch = replace(launch, splits=max(1, min(wanted, walk // 4, MAX_SPLITS)))
     return _staged(problem, replace(launch, num_warps=_warps(launch)), device)
 
 
@@ -153,10 +152,9 @@ def _warps(launch: Launch) -> int:
 def _staged(problem: Problem, launch: Launch, device: Device) -> Launch:
     """As many stages as there are steps and as leave room for a second program on an SM, but
     two at least."""
-    steps = -(-share(problem, launch) // launch.block_k)
     room = device.architecture.shared_per_sm // 2
     one = shared_bytes(problem, replace(launch, num_stages=1))
-    return replace(launch, num_stages=max(2, min(4, steps, room // one)))
+    return replace(launch, num_stages=max(2, min(4, steps(problem, launch), room // one)))
 
 
 def candidates(problem: Problem, pass_: str, device: Device, limit: int = 32) -> list[Launch]:
