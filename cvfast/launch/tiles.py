@@ -50,10 +50,10 @@ class Product:
         groups: matrices of columns beside each other, none of whose tiles overlap.
         taps: times that each depth is walked over.
         depths: channels of each source.
-        residual: whether an image is added, which takes registers beside the sums.
         scattered: elements of a tile are loaded one by one, not 16 bytes at a time.
         itemsize: bytes of an element.
         matrix_units: whether they do the product; else float32 is multiplied by the common units.
+        residual: whether an image is added, which takes registers beside the sums.
     """
 
     rows: int
@@ -61,10 +61,10 @@ class Product:
     groups: int
     taps: int
     depths: tuple[int, ...]
-    residual: bool
     scattered: bool
     itemsize: int
     matrix_units: bool
+    residual: bool = False
 
     def steps(self, block_k: int) -> int:
         """Blocks that a tile's sums are made of."""

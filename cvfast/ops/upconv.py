@@ -181,8 +181,12 @@ def problem(
     for name, image in (("x", x), ("out", out)):
         if image.shape[1] != 1 and image.stride(1) != 1:
             raise ValueError(f"upconv: {name} is not channels-last (stride 1 along C)")
+    batch, channels, height, width = x.shape
     return Problem(
-        *x.shape,
+        batch,
+        channels,
+        height,
+        width,
         out_channels=out.shape[1],
         kernel=(kernel_size[0], kernel_size[1]),
         dtype=x.dtype,

@@ -12,20 +12,19 @@ __all__ = ["Launch", "candidates", "grid", "heuristic", "product", "steps", "val
 
 def product(problem: Problem) -> Product:
     """The matrix product that the kernel walks over."""
+    taps, depths = problem.taps, (problem.channels, problem.channels2)
     if problem.flat:
-        taps, depths = 1, (problem.taps * problem.channels,)
-    else:
-        taps, depths = problem.taps, (problem.channels, problem.channels2)
+        taps, depths = 1, (problem.taps * problem.channels, 0)
     return Product(
         rows=problem.pixels,
         columns=problem.columns,
         groups=1,
         taps=taps,
         depths=depths,
-        residual=problem.residual,
         scattered=problem.flat,
         itemsize=problem.dtype.itemsize,
         matrix_units=tiles.matrix_units(problem.dtype, problem.tf32),
+        residual=problem.residual,
     )
 
 

@@ -18,7 +18,6 @@ def product(problem: Problem) -> Product:
         groups=problem.taps,
         taps=1,
         depths=(problem.channels,),
-        residual=False,
         scattered=False,
         itemsize=problem.dtype.itemsize,
         matrix_units=tiles.matrix_units(problem.dtype, problem.tf32),
