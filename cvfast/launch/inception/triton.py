@@ -13,7 +13,6 @@ from cvfast.perf.devices import WARP, Device
 __all__ = ["Launch", "candidates", "grid", "heuristic", "product", "validate"]
 
 
-
 def product(problem: Problem, branch: Branch) -> Product:
     """The matrix product of a branch."""
     return Product(
