@@ -22,6 +22,7 @@ def product(problem: Problem, branch: Branch) -> Product:
         groups=1,
         taps=branch.taps,
         depths=(branch.channels,),
+        residual=False,
         scattered=False,
         itemsize=problem.dtype.itemsize,
         matrix_units=tiles.matrix_units(problem.dtype, problem.tf32),
