@@ -314,7 +314,8 @@ def _problem(
         kernel, step, pad = (
             (values[2 * i], values[2 * i + 1]) for values in (kernel_size, stride, padding)
         )
-        branch = Branch(*x[i].shape[1:], own, kind[i], kernel, step, pad)
+        _, channels, height, width = x[i].shape
+        branch = Branch(channels, height, width, own, kind[i], kernel, step, pad)
         _check_branch(branch)
         shape = (branch.taps, branch.channels, branch.columns)
         for name, tensor, wanted, dtype in (
@@ -381,14 +382,16 @@ def _run(
 @torch.library.impl(_library, "inception_triton.out", "CompositeExplicitAutograd")
 def _triton_out(*arguments: Any, out: Sequence[Tensor]) -> None:
     call = problem(*arguments, out=out)
-    _run(*arguments[:3], call, arguments[8], out)
+    x, weight, bias = arguments[:3]
+    _run(x, weight, bias, call, arguments[8], out)
 
 
 @torch.library.impl(_library, "inception_triton", "CompositeExplicitAutograd")
 def _triton(*arguments: Any) -> list[Tensor]:
     call = _problem(*arguments)
     out = _empty(call, arguments[0][0])
-    _run(*arguments[:3], call, arguments[8], out)
+    x, weight, bias = arguments[:3]
+    _run(x, weight, bias, call, arguments[8], out)
     return out
 
 

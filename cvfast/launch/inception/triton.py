@@ -4,6 +4,7 @@ they are chosen."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from cvfast.launch import tiles
 from cvfast.launch.inception import PASSES, Branch, Problem
@@ -11,7 +12,6 @@ from cvfast.launch.tiles import Launch, Product
 from cvfast.perf.devices import WARP, Device
 
 __all__ = ["Launch", "candidates", "grid", "heuristic", "product", "validate"]
-
 
 
 def product(problem: Problem, branch: Branch) -> Product:
@@ -22,6 +22,7 @@ def product(problem: Problem, branch: Branch) -> Product:
         groups=1,
         taps=branch.taps,
         depths=(branch.channels,),
+        residual=False,
         scattered=False,
         itemsize=problem.dtype.itemsize,
         matrix_units=tiles.matrix_units(problem.dtype, problem.tf32),
@@ -70,9 +71,7 @@ def _ranked(problem: Problem, device: Device) -> tuple[Launch, ...]:
     work = sum(p.rows * p.columns * p.taps * p.depths[0] for p in products)
     columns = max(16, area // rows // 16 * 16)
     depth = max(16, work // (rows * columns))
-    merged = Product(
-        rows, columns, 1, 1, (depth,), False, products[0].itemsize, products[0].matrix_units
-    )
+    merged = replace(products[0], rows=rows, columns=columns, taps=1, depths=(depth,))
 
     def cost(launch: Launch) -> float:
         covered = sum(
