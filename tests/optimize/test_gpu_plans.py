@@ -300,6 +300,11 @@ def test_triton_plans_follow_sizes_and_written_weights(device: str) -> None:
     check_equal(fast, model, torch.randn(1, 8, 6, 6, device=device))
 
 
+def test_where_results_go_is_checked() -> None:
+    with pytest.raises(ValueError, match="outputs must be one of 'copy', 'alias'; got 'view'"):
+        cvfast.optimize(nn.Identity(), outputs="view")
+
+
 def test_unfused_counts_what_pytorch_runs() -> None:
     class Small(nn.Module):
         def __init__(self) -> None:
