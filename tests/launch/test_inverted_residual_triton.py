@@ -153,7 +153,7 @@ def test_wrong_launches_are_named(change: dict[str, int], message: str) -> None:
 def test_what_is_not_supported_is_named() -> None:
     with pytest.raises(ValueError, match="expected forward"):
         triton.validate(PROBLEM, LAUNCH, "backward_input")
-    with pytest.raises(ValueError, match="expands at most 64 channels of torch.float16: the operands of 96"):
+    with pytest.raises(ValueError, match=r"expands at most 64 channels of .*: the operands of 96"):
         triton.validate(replace(PROBLEM, channels=96), LAUNCH)
     with pytest.raises(ValueError, match="windows of up to 31 rows, not 33"):
         triton.validate(replace(PROBLEM, kernel=(33, 3), padding=(16, 1)), LAUNCH)

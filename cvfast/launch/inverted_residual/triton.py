@@ -154,7 +154,8 @@ def _launches(problem: Problem) -> Iterator[Launch]:
     most = _MAX_SUMS[wide or problem.kernel[0] > 3]
     # Strips of nearly equal height.
     heights = sorted({-(-problem.out_height // n) for n in range(1, problem.out_height + 1)})
-    for num_warps in (4, 8) if exact else (1, 2, 4, 8):
+    fewest = 4 if exact else problem.dtype.itemsize // 2
+    for num_warps in (n for n in (1, 2, 4, 8) if n >= fewest):
         hidden = (4 if exact else 16) * num_warps
         outputs = _LEAST
         if problem.projects:
@@ -166,15 +167,15 @@ def _launches(problem: Problem) -> Iterator[Launch]:
             need, shared = _registers(problem, launch), shared_bytes(problem, launch)
             if (exact and rows > 2) or shared > _MAX_SHARED:
                 continue
-            if rows == 1 or (fits and need <= _MOST_REGISTERS):
+            if rows == 1 or (fits and need <= _MOST_REGISTERS[problem.dtype.itemsize]):
                 yield launch
 
 
 # Numbers a lane of the sums of all rows that compile without spills: with few bytes of channels and
-# windows of up to 3 rows, and with more; and what `_registers` may come to.
+# windows of up to 3 rows, and with more; and what `_registers` may come to, by an element's bytes.
 _MAX_SUMS = (64, 40)
 _FEW_BYTES = 64
-_MOST_REGISTERS = 224
+_MOST_REGISTERS = {2: 224, 4: 192}
 
 
 def _most_rows(problem: Problem) -> int:
