@@ -4,9 +4,9 @@
 
 What a block takes in one kernel comes from the cost model that also chooses its launch parameters
 (`cvfast.launch.inverted_residual.cuda.cost`), what its layers take in kernels of their own from
-`cvfast.ops.inverted_residual.separate_seconds`; `fuses` is what the planner makes of the two. Written
-to benchmarks/results/gpu/predicted_blocks.json. `--check` writes nothing and exits with 1 if the
-file differs from what is predicted now.
+`cvfast.ops.inverted_residual.separate_seconds`; `fuses` is what the planner makes of the two.
+Written to benchmarks/results/gpu/predicted_blocks.json. `--check` writes nothing and exits with 1
+if the file differs from what is predicted now.
 """
 
 from __future__ import annotations
