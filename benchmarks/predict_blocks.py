@@ -4,9 +4,9 @@
 
 What a block takes in one kernel comes from the cost model that also chooses its launch parameters
 (`cvfast.launch.inverted_residual.cuda.cost`), what its layers take in kernels of their own from
-`cvfast.ops.inverted_residual.separate_seconds`; `fuses` is what the planner makes of the two. Written
-to benchmarks/results/gpu/predicted_blocks.json. `--check` writes nothing and exits with 1 if the
-file differs from what is predicted now.
+`cvfast.ops.inverted_residual.separate_seconds`; `fuses` is what the planner makes of the two.
+Written to benchmarks/results/gpu/blocks_predicted.json. `--check` writes nothing and exits with 1
+if the file differs from what is predicted now.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cvfast.launch.inverted_residual import Problem, cuda
 from cvfast.ops.inverted_residual import fuses_on_gpu, separate_seconds
 from cvfast.perf.devices import Device, find
 
-RESULT = Path(__file__).parent / "results" / "gpu" / "predicted_blocks.json"
+RESULT = Path(__file__).parent / "results" / "gpu" / "blocks_predicted.json"
 DEVICES = ("H200", "RTX 4090", "RTX 5090")
 BATCHES = (1, 256)
 NETWORK = "mobilenet_v2"

@@ -292,7 +292,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 def blocks(results: Path = RESULTS) -> str:
     """MobileNet v2's blocks in one CUDA kernel and in one for each layer, a row each and batch."""
-    predicted = _load(results / "gpu" / "predicted_blocks.json")
+    predicted = _load(results / "gpu" / "blocks_predicted.json")
     if predicted is None:
         return not_counted("python benchmarks/predict_blocks.py")
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
