@@ -257,8 +257,8 @@ def _inception(name: str) -> Problems:
                 geometry = (kind, first.kernel, first.stride, first.padding)
                 alike[size, geometry] = (*alike.get((size, geometry), ()), last.out_channels)
             branches = tuple(
-                inception.Branch(*size, parts, *geometry)
-                for (size, geometry), parts in alike.items()
+                inception.Branch(channels, height, width, parts, *geometry)
+                for ((channels, height, width), geometry), parts in alike.items()
             )
             if len(branches) > 1 or len(branches[0].parts) > 1:
                 yield inception.Problem(1, branches), level[0][-1].activation
