@@ -202,8 +202,8 @@ def _registers(product: Product, launch: Launch) -> int:
     x, weight = _REGISTERS_X * launch.block_m, _REGISTERS_WEIGHT * launch.block_n
     sums = launch.block_m * launch.block_n / threads
     added = sums * product.itemsize / 4 if product.residual else 0
-    # A second loop beside the first: with 128 sums, compiled kernels spilled at any depth.
-    second = sums / 2 if sum(map(bool, product.depths)) > 1 else 0
+    # The second loop's addresses, beside the first's: on sm_80, 128 sums spilled at any depth.
+    second = sums if sum(map(bool, product.depths)) > 1 else 0
     return int(sums + added + copies * (x + weight) + second)
 
 
