@@ -65,7 +65,8 @@ def predicted(device: Device, backend: str, todo: Iterable[Call]) -> list[dict[s
     arch = device.architecture.name
     for call in todo:
         launch = inventory.launch_of(backend, arch, call)
-        found[call] = inventory.configure(backend, arch, call, launch)[0]
+        if launch is not None:
+            found[call] = inventory.configure(backend, arch, call, launch)[0]
     builds = inventory.build(list(found.values()))
     rows = []
     for call, configuration in found.items():

@@ -187,7 +187,11 @@ def configurations(
     for op, backend, arch in itertools.product(ops, backends, archs):
         name = architecture(arch).name
         served = (call for call in calls if call.op == op and call.served_by(backend))
-        launches = [(call, launch_of(backend, name, call)) for call in served]
+        launches = [
+            (call, launch)
+            for call in served
+            if (launch := launch_of(backend, name, call)) is not None
+        ]
         if tuned:
             launches += _tuned(op, backend, name)
         for call, launch in launches:
@@ -202,13 +206,18 @@ def configure(backend: str, arch: str, call: Call, launch: Any) -> tuple[Configu
 
 
 def launch_of(backend: str, arch: str, call: Call) -> Any:
-    """The launch parameters that a call gets on the device that represents an architecture."""
+    """The launch parameters that a call gets on the device that represents an architecture; None
+    where a backend that does not serve every call has none that fit there."""
     logger = logging.getLogger("cvfast.launch")
     before = logger.disabled
     # That no table was tuned for a device is no news here.
     logger.disabled = True
     try:
         return table.choose(call.op, backend, call.problem, call.pass_, by_arch(arch))
+    except ValueError:
+        if hasattr(table.parameters(call.op, backend), "unsupported"):
+            return None
+        raise
     finally:
         logger.disabled = before
 
