@@ -139,6 +139,8 @@ _LATENCY, _START, _SECOND_LAUNCH = 700, 1500, 4000
 _MAX_REGISTERS, _REGISTERS_X, _REGISTERS_WEIGHT, _OTHER_REGISTERS = 210, 9, 3, 45
 # Sums of a thread without matrix units, whose operands pass through registers too.
 _MAX_SUMS_COMMON = 32
+# Sums of a thread in TF32, whose operands take twice the registers: with 128, upconv spilled.
+_MAX_SUMS_TF32 = 64
 
 
 def cycles(product: Product, launch: Launch, device: Device) -> float:
@@ -218,7 +220,10 @@ def _options(product: Product, device: Device) -> Iterator[Launch]:
         # Rows of 128 bytes are the widest that shared memory swizzles.
         if n > width or k > depth or k * product.itemsize > 128:
             continue
-        if not product.matrix_units and m * n > _MAX_SUMS_COMMON * launch.num_warps * WARP:
+        sums = m * n // (launch.num_warps * WARP)
+        if not product.matrix_units and sums > _MAX_SUMS_COMMON:
+            continue
+        if product.matrix_units and product.itemsize == 4 and sums > _MAX_SUMS_TF32:
             continue
         if _registers(product, launch) > _MAX_REGISTERS or not _resident(product, launch, device):
             continue

@@ -116,7 +116,9 @@ class Problem:
         parts = " | ".join(branch.describe() for branch in self.branches)
         first = self.branches[0]
         size = f"{self.batch}x{first.height}x{first.width}"
-        return f"{parts} at {size}, {str(self.dtype).removeprefix('torch.')}"
+        return (
+            f"{parts} at {size}, {'tf32' if self.tf32 else str(self.dtype).removeprefix('torch.')}"
+        )
 
 
 GENERAL = (

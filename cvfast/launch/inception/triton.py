@@ -84,19 +84,20 @@ def _ranked(problem: Problem, device: Device) -> tuple[Launch, ...]:
     whole = [
         launch
         for launch in tiles.ranked(merged, device)
-        if launch.splits == 1 and not (pools and _crowded(launch))
+        if launch.splits == 1 and not (pools and _crowded(launch, problem.dtype.itemsize))
     ]
     # Of equals, those of the fewest steps.
     return tuple(sorted(whole, key=lambda launch: (round(cost(launch)), -launch.block_k)))
 
 
-def _crowded(launch: Launch) -> bool:
+def _crowded(launch: Launch, itemsize: int) -> bool:
     """Whether pooled pixels, those in flight and the sums are more than registers hold: of a 3x3
-    window, tiles of 128 x 64 with steps of 32 spilled on sm_90."""
+    window, tiles of 128 x 64 with steps of 32 spilled on sm_90, in TF32 of 128 x 32 with 16, and of
+    64 x 64 on sm_86."""
     lanes = launch.num_warps * WARP
-    return launch.block_m * launch.block_k > 16 * lanes or (
-        launch.block_m * launch.block_n > 64 * lanes
-    )
+    most = {2: (16, 64), 4: (8, 16)}[itemsize]
+    pixels, sums = launch.block_m * launch.block_k, launch.block_m * launch.block_n
+    return pixels > most[0] * lanes or sums > most[1] * lanes
 
 
 def heuristic(problem: Problem, pass_: str, device: Device) -> Launch:
