@@ -8,7 +8,7 @@ from cvfast import extension, inventory
 from cvfast.inventory import Build
 from cvfast.perf.compiled import Binary, ToolMissing
 
-GOOD = {"LDG.E.128": 4, "LDGSTS.E.128": 4, "STG.E.128": 4, "FFMA": 36}
+GOOD = {"LDG.E.128": 4, "LDGSTS.E.128": 4, "STG.E.128": 4, "FFMA": 36, "HMMA.16816.F32": 8}
 
 
 @pytest.fixture
