@@ -34,6 +34,12 @@ from cvfast.ops.pointwise import reference as pointwise_reference
 from cvfast.perf import devices, predict
 
 GPU_BACKENDS = ("triton", "cuda")
+
+BACKEND_DTYPES = {
+    "cpu": KERNEL_DTYPES,
+    "triton": KERNEL_DTYPES,
+    "cuda": (torch.bfloat16, torch.float16),  # the tensor cores' float32 products are TF32's
+}
 GPU_ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 
 _TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
@@ -232,8 +238,9 @@ def _check(
 ) -> Reason | None:
     if (reason := backends.wrong_device(backend, x.device)) is not None:
         return reason
-    if x.dtype not in KERNEL_DTYPES:
-        return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
+    if x.dtype not in BACKEND_DTYPES[backend]:
+        taken = ", ".join(str(d).removeprefix("torch.") for d in BACKEND_DTYPES[backend])
+        return Reason("dtype", f"x is {x.dtype}; the kernel takes {taken}")
     for name, tensor in (("x", x), ("residual", residual)):
         if tensor is not None and tensor.shape[1] != 1 and tensor.stride(1) != 1:
             return Reason(
