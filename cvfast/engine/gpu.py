@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .nodes import Call, Graph, Image, Node, TorchOp
+from .nodes import Call, Graph, Image, Node
 from .plan import ArenaPlan
 
 
@@ -32,7 +32,7 @@ class GpuPlan(ArenaPlan):
     coincide with other runs. On the CPU (interpreted kernels) the calls are made one by one. On
     ``meta`` a plan can only be looked at.
 
-    Safe to run from several threads and on several streams: runs take turns, on the device too.
+    Safe to run from several threads and on several streams: the plans of a device take turns.
     """
 
     def __init__(self, graph: Graph, device: torch.device) -> None:
@@ -44,10 +44,9 @@ class GpuPlan(ArenaPlan):
         self._outputs = [self._tensor(image) for image in graph.outputs]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captures = device.type == "cuda"
-        # What PyTorch's operators allocate while a graph is captured lies in a pool that all
-        # graphs share, so no two that have such memory may run at once.
-        allocates = any(isinstance(node, TorchOp) for node in graph.nodes)
-        self._turn = _shared(device).turn if allocates and self._captures else _Turn(device)
+        # What is allocated while a graph is captured, such as the sums of shares that are added
+        # up later, lies in a pool that all graphs share: no two of them may run at once.
+        self._turn = _shared(device).turn if self._captures else _Turn(device)
 
     def calls(self) -> Iterator[tuple[Node, Call]]:
         """Every call of a run, with its node."""
