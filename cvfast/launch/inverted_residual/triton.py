@@ -159,23 +159,24 @@ def _launches(problem: Problem) -> Iterator[Launch]:
         hidden = (4 if exact else 16) * num_warps
         outputs = _LEAST
         if problem.projects:
-            # Sums of 32 numbers a lane and row at most.
-            outputs = min(_power_of_two(problem.out_channels), 64 * num_warps)
+            # Sums of 32 numbers a lane and row at most; of 16 where operands are twice as wide.
+            most_outputs = 128 // problem.dtype.itemsize * num_warps
+            outputs = min(_power_of_two(problem.out_channels), most_outputs)
         for rows in heights:
             launch = Launch(rows, 16, hidden, channels, outputs, num_warps)
             fits = rows * _sums(problem, launch) <= most and rows <= _most_rows(problem)
             need, shared = _registers(problem, launch), shared_bytes(problem, launch)
             if (exact and rows > 2) or shared > _MAX_SHARED:
                 continue
-            if rows == 1 or (fits and need <= _MOST_REGISTERS[problem.dtype.itemsize]):
+            if rows == 1 or (fits and need <= _MOST_REGISTERS):
                 yield launch
 
 
 # Numbers a lane of the sums of all rows that compile without spills: with few bytes of channels and
-# windows of up to 3 rows, and with more; and what `_registers` may come to, by an element's bytes.
+# windows of up to 3 rows, and with more; and what `_registers` may come to.
 _MAX_SUMS = (64, 40)
 _FEW_BYTES = 64
-_MOST_REGISTERS = {2: 224, 4: 192}
+_MOST_REGISTERS = 192
 
 
 def _most_rows(problem: Problem) -> int:
