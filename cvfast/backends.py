@@ -73,6 +73,17 @@ def wrong_device(backend: str, device: torch.device) -> Reason | None:
     return None
 
 
+def wrong_layout(image: torch.Tensor, name: str = "x") -> Reason | None:
+    """The reason if the channels of `image` [N, C, H, W], called `name`, are not adjacent."""
+    if image.shape[1] == 1 or image.stride(1) == 1:
+        return None
+    return Reason(
+        "layout",
+        f"{name} is not channels-last (stride 1 along C); convert it once with "
+        f"{name}.contiguous(memory_format=torch.channels_last)",
+    )
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

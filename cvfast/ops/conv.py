@@ -22,6 +22,7 @@ from cvfast import backends, extension
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.conv import FEW_CHANNELS, Problem
+from cvfast.ops import _packing
 from cvfast.perf import devices
 
 from . import _example, _flops, _gradient
@@ -332,13 +333,7 @@ def _cpu_check(x: Tensor) -> Reason | None:
     if x.dtype not in CPU_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     planes = x.shape[1] < _PANEL and (x.stride(3) == 1 or x.shape[3] == 1)
-    if x.shape[1] != 1 and x.stride(1) != 1 and not planes:
-        return Reason(
-            "layout",
-            "x is not channels-last (stride 1 along C); convert it once with "
-            "x.contiguous(memory_format=torch.channels_last)",
-        )
-    return None
+    return None if planes else backends.wrong_layout(x)
 
 
 def winograd_serves(
@@ -663,13 +658,7 @@ def _triton_check(x: Tensor, x2: Tensor | None = None) -> Reason | None:
     if x.dtype not in GPU_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     few = x.shape[1] < FEW_CHANNELS and x2 is None
-    if not few and x.shape[1] != 1 and x.stride(1) != 1:
-        return Reason(
-            "layout",
-            "x is not channels-last (stride 1 along C); convert it once with "
-            "x.contiguous(memory_format=torch.channels_last)",
-        )
-    return None
+    return None if few else backends.wrong_layout(x)
 
 
 def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -693,12 +682,7 @@ def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tupl
         )
     if dtype not in GPU_DTYPES:
         raise ValueError(f"conv.prepack_gpu: the kernel does not take images of {dtype}")
-    rest = -weight.shape[0] % _PANEL
-    taps = weight.detach().to(dtype).permute(2, 3, 1, 0).flatten(0, 1)
-    packed = F.pad(taps, (0, rest)).contiguous()
-    if bias is None:
-        return packed, packed.new_zeros(packed.shape[2], dtype=torch.float32)
-    return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+    return _packing.columns(weight.permute(2, 3, 1, 0).flatten(0, 1), bias, dtype)
 
 
 def problem(
@@ -745,7 +729,7 @@ def problem(
         channels2=0 if x2 is None else x2.shape[1],
         residual=residual is not None,
         dtype=x.dtype,
-        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        tf32=_packing.rounds_to_tf32(x.dtype),
     )
     if not call.flat and x.shape[1] != 1 and x.stride(1) != 1:
         raise ValueError("conv: x is not channels-last (stride 1 along C)")

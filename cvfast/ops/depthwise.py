@@ -139,13 +139,7 @@ def _check(backend: str, x: Tensor) -> Reason | None:
         return reason
     if x.dtype not in KERNEL_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
-    if x.shape[1] != 1 and x.stride(1) != 1:
-        return Reason(
-            "layout",
-            "x is not channels-last (stride 1 along C); convert it once with "
-            "x.contiguous(memory_format=torch.channels_last)",
-        )
-    return None
+    return backends.wrong_layout(x)
 
 
 for _backend in KERNEL_BACKENDS:

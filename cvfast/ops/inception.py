@@ -21,6 +21,7 @@ from cvfast import backends
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.inception import KINDS, Branch, Problem
+from cvfast.ops import _packing
 from cvfast.perf import devices
 
 from . import _example, _gradient, conv
@@ -30,7 +31,6 @@ from .depthwise import apply_activation
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_PANEL = 16
 _TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
 _OPERANDS = (
     "Tensor[] x, Tensor[] weight, Tensor[] bias, str[] kind, int[] kernel_size, int[] stride, "
@@ -149,12 +149,8 @@ def _check(images: Sequence[Tensor]) -> Reason | None:
             return reason
         if x.dtype not in DTYPES:
             return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
-        if x.shape[1] != 1 and x.stride(1) != 1:
-            return Reason(
-                "layout",
-                "x is not channels-last (stride 1 along C); convert it once with "
-                "x.contiguous(memory_format=torch.channels_last)",
-            )
+        if (reason := backends.wrong_layout(x)) is not None:
+            return reason
     return None
 
 
@@ -328,7 +324,7 @@ def _problem(
                     f"expected {dtype} {list(wanted)} from cvfast.ops.inception.prepack"
                 )
         branches.append(branch)
-    tf32 = x[0].dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = _packing.rounds_to_tf32(x[0].dtype)
     return Problem(x[0].shape[0], tuple(branches), x[0].dtype, tf32)
 
 

@@ -24,7 +24,7 @@ from cvfast import backends, extension
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.inverted_residual import Problem
-from cvfast.ops import _example, _flops, _gradient
+from cvfast.ops import _example, _flops, _gradient, _packing
 from cvfast.ops._example import Example
 from cvfast.ops.activation import Activation
 from cvfast.ops.depthwise import prepack as prepack_depthwise
@@ -242,12 +242,8 @@ def _check(
         taken = ", ".join(str(d).removeprefix("torch.") for d in BACKEND_DTYPES[backend])
         return Reason("dtype", f"x is {x.dtype}; the kernel takes {taken}")
     for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None and tensor.shape[1] != 1 and tensor.stride(1) != 1:
-            return Reason(
-                "layout",
-                f"{name} is not channels-last (stride 1 along C); convert it once with "
-                f"{name}.contiguous(memory_format=torch.channels_last)",
-            )
+        if tensor is not None and (reason := backends.wrong_layout(tensor, name)) is not None:
+            return reason
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, *weights)
     ):
@@ -473,7 +469,7 @@ def _problem(
         expands=expands,
         residual=residual,
         dtype=x.dtype,
-        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        tf32=_packing.rounds_to_tf32(x.dtype),
     )
 
 

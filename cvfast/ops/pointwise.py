@@ -20,7 +20,7 @@ from cvfast import backends, extension
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.pointwise import Problem
-from cvfast.ops import _example, _flops, _gradient
+from cvfast.ops import _example, _flops, _gradient, _packing
 from cvfast.ops._example import Example
 from cvfast.ops.activation import Activation
 from cvfast.perf import devices
@@ -150,12 +150,8 @@ def _check(
     if x.dtype not in KERNEL_DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
     for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None and not _adjacent(tensor):
-            return Reason(
-                "layout",
-                f"{name} is not channels-last (stride 1 along C); convert it once with "
-                f"{name}.contiguous(memory_format=torch.channels_last)",
-            )
+        if tensor is not None and (reason := backends.wrong_layout(tensor, name)) is not None:
+            return reason
     if gate is not None and not _adjacent(gate):
         return Reason("layout", "gate's channels are not adjacent; use gate.contiguous()")
     return None
@@ -229,12 +225,7 @@ def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tupl
         )
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"pointwise.prepack_gpu: the kernels do not take images of {dtype}")
-    rows = weight.detach().flatten(1)
-    rest = -rows.shape[0] % _PANEL
-    packed = F.pad(rows.to(dtype).t(), (0, rest)).contiguous()
-    if bias is None:
-        return packed, packed.new_zeros(packed.shape[1], dtype=torch.float32)
-    return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+    return _packing.columns(weight.flatten(1).t(), bias, dtype)
 
 
 def output_size(size: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
@@ -436,7 +427,7 @@ def problem(
         gate=gate is not None,
         residual=residual is not None,
         dtype=x.dtype,
-        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        tf32=_packing.rounds_to_tf32(x.dtype),
     )
 
 

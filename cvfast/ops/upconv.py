@@ -18,6 +18,7 @@ from cvfast import backends
 from cvfast.backends import Reason
 from cvfast.launch import table
 from cvfast.launch.upconv import Problem
+from cvfast.ops import _packing
 from cvfast.perf import devices
 
 from . import _example, _flops, _gradient
@@ -25,7 +26,6 @@ from ._example import Example
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_PANEL = 16
 _TAGS = [torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag]
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias, int[2] kernel_size"
 
@@ -81,13 +81,7 @@ def _triton_check(x: Tensor) -> Reason | None:
         return reason
     if x.dtype not in DTYPES:
         return Reason("dtype", f"x is {x.dtype}; the kernel takes float32, bfloat16, float16")
-    if x.shape[1] != 1 and x.stride(1) != 1:
-        return Reason(
-            "layout",
-            "x is not channels-last (stride 1 along C); convert it once with "
-            "x.contiguous(memory_format=torch.channels_last)",
-        )
-    return None
+    return backends.wrong_layout(x)
 
 
 def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,12 +105,7 @@ def prepack_gpu(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tupl
         )
     if dtype not in DTYPES:
         raise ValueError(f"upconv.prepack_gpu: the kernel does not take images of {dtype}")
-    rest = -weight.shape[1] % _PANEL
-    taps = weight.detach().to(dtype).permute(2, 3, 0, 1).flatten(0, 1)
-    packed = F.pad(taps, (0, rest)).contiguous()
-    if bias is None:
-        return packed, packed.new_zeros(packed.shape[2], dtype=torch.float32)
-    return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+    return _packing.columns(weight.permute(2, 3, 0, 1).flatten(0, 1), bias, dtype)
 
 
 def flops(x_shape: Sequence[int], out_shape: Sequence[int]) -> int:
@@ -190,7 +179,7 @@ def problem(
         out_channels=out.shape[1],
         kernel=(kernel_size[0], kernel_size[1]),
         dtype=x.dtype,
-        tf32=x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        tf32=_packing.rounds_to_tf32(x.dtype),
     )
 
 

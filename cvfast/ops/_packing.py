@@ -1,0 +1,34 @@
+"""What the operators of the GPU's matrix kernels share: packed weights, which products round."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 16
+"""Output channels are padded to a multiple of this, so that every row of weights is aligned."""
+
+
+def columns(matrices: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights as the kernels read them; carry no gradient.
+
+    Args:
+        matrices: [..., C, K], any floating dtype: a column for each of K output channels.
+        bias: [K] or None, which counts as zeros.
+        dtype: of the images.
+
+    Returns:
+        contiguous [..., C, N] in `dtype` and bias [N] in float32, N being K rounded up to a
+        multiple of `PANEL`; zeros beyond the last channel.
+    """
+    rest = -matrices.shape[-1] % PANEL
+    packed = F.pad(matrices.detach().to(dtype), (0, rest)).contiguous()
+    if bias is None:
+        return packed, packed.new_zeros(packed.shape[-1], dtype=torch.float32)
+    return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+
+
+def rounds_to_tf32(dtype: torch.dtype) -> bool:
+    """Whether products of images of `dtype` are rounded to TF32, as PyTorch's convolutions are."""
+    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
