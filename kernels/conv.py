@@ -288,14 +288,8 @@ def forward(
         out: [N, K, P, Q], dtype of x, adjacent channels, such as a slice of a wider image.
 
     Raises:
-        ValueError: if the launch parameters do not fit the problem, or the weight does not.
+        ValueError: if the launch parameters do not fit the problem.
     """
-    shape = (problem.taps, problem.channels + problem.channels2, problem.columns)
-    if tuple(weight.shape) != shape or not weight.is_contiguous():
-        raise ValueError(
-            f"conv: the packed weight has shape {tuple(weight.shape)}, expected {shape} "
-            "from cvfast.ops.conv.prepack_gpu"
-        )
     second, added = x if x2 is None else x2, out if residual is None else residual
     layouts = (strides(x), x.stride(1), strides(second), strides(added), strides(out))
     plan = _plan(problem, launch, activation, *layouts)

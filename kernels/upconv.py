@@ -106,14 +106,8 @@ def forward(
         out: [N, K, kh·H, kw·W], dtype of x, adjacent channels, such as a slice of a wider image.
 
     Raises:
-        ValueError: if the launch parameters do not fit the problem, or the weight does not.
+        ValueError: if the launch parameters do not fit the problem.
     """
-    shape = (problem.taps, problem.channels, problem.columns)
-    if tuple(weight.shape) != shape or not weight.is_contiguous():
-        raise ValueError(
-            f"upconv: the packed weight has shape {tuple(weight.shape)}, expected {shape} "
-            "from cvfast.ops.upconv.prepack_gpu"
-        )
     plan = _plan(problem, launch, strides(x), strides(out))
     if out.numel():
         plan.start(x, weight, bias, out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,33 @@ def columns(matrices: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[
     if bias is None:
         return packed, packed.new_zeros(packed.shape[-1], dtype=torch.float32)
     return packed, F.pad(bias.detach().to(torch.float32), (0, rest))
+
+
+def check(
+    packer: str, weight: Tensor, bias: Tensor | None, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Whether `weight` and `bias` are what :func:`columns` made of matrices for this call.
+
+    Args:
+        packer: where they come from, such as "conv.prepack_gpu".
+        shape: [..., C, N] of the weight.
+        dtype: of the images.
+
+    Raises:
+        ValueError: naming what differs; the kernel would read beyond its memory.
+    """
+    op = packer.split(".")[0]
+    for name, tensor, wanted, kind in (
+        ("weight", weight, tuple(shape), dtype),
+        ("bias", bias, tuple(shape[-1:]), torch.float32),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != wanted or tensor.dtype != kind or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: the packed {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"contiguous {kind} {wanted} from cvfast.ops.{packer}"
+            )
 
 
 def rounds_to_tf32(dtype: torch.dtype) -> bool:

@@ -705,16 +705,15 @@ def problem(
         ValueError: if shapes or layouts do not fit together.
         TypeError: for dtypes that differ.
     """
-    del bias
     if activation not in CPU_ACTIVATIONS:
         raise ValueError(
             f"conv: unknown activation {activation!r}; expected {', '.join(CPU_ACTIVATIONS)}"
         )
     _check_images(x, residual, x2, out)
-    shape = _output_shape(x.shape, out.shape[1], kernel_size, stride, padding, dilation)
+    out_shape = _output_shape(x.shape, out.shape[1], kernel_size, stride, padding, dilation)
     for name, image in (("residual", residual), ("out", out)):
-        if image is not None and tuple(image.shape) != shape:
-            raise ValueError(f"conv: {name} has shape {tuple(image.shape)}, expected {shape}")
+        if image is not None and tuple(image.shape) != out_shape:
+            raise ValueError(f"conv: {name} has shape {tuple(image.shape)}, expected {out_shape}")
     before, after = tuple(padding[:2]), tuple(padding[-2:])
     call = Problem(
         batch=x.shape[0],
@@ -733,8 +732,8 @@ def problem(
     )
     if not call.flat and x.shape[1] != 1 and x.stride(1) != 1:
         raise ValueError("conv: x is not channels-last (stride 1 along C)")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"conv: weight is {weight.dtype} but x is {x.dtype}; cast one of them")
+    shape = (call.taps, call.channels + call.channels2, call.columns)
+    _packing.check("conv.prepack_gpu", weight, bias, shape, x.dtype)
     return call
 
 

@@ -314,15 +314,7 @@ def _problem(
         branch = Branch(channels, height, width, own, kind[i], kernel, step, pad)
         _check_branch(branch)
         shape = (branch.taps, branch.channels, branch.columns)
-        for name, tensor, wanted, dtype in (
-            ("weight", weight[i], shape, x[0].dtype),
-            ("bias", bias[i], shape[2:], torch.float32),
-        ):
-            if tensor.shape != wanted or tensor.dtype != dtype or not tensor.is_contiguous():
-                raise ValueError(
-                    f"cvfast::inception_triton: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                    f"expected {dtype} {list(wanted)} from cvfast.ops.inception.prepack"
-                )
+        _packing.check("inception.prepack", weight[i], bias[i], shape, x[0].dtype)
         branches.append(branch)
     tf32 = _packing.rounds_to_tf32(x[0].dtype)
     return Problem(x[0].shape[0], tuple(branches), x[0].dtype, tf32)

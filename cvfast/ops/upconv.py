@@ -158,20 +158,16 @@ def problem(
         ValueError: if shapes or layouts do not fit together.
         TypeError: for dtypes that differ.
     """
-    del bias
-    shape = _output_shape(x, out.shape[1], kernel_size)
-    if tuple(out.shape) != shape:
-        raise ValueError(f"upconv: out has shape {tuple(out.shape)}, expected {shape}")
-    for name, tensor in (("weight", weight), ("out", out)):
-        if tensor.dtype != x.dtype:
-            raise TypeError(
-                f"upconv: {name} is {tensor.dtype} but x is {x.dtype}; cast one of them"
-            )
+    out_shape = _output_shape(x, out.shape[1], kernel_size)
+    if tuple(out.shape) != out_shape:
+        raise ValueError(f"upconv: out has shape {tuple(out.shape)}, expected {out_shape}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"upconv: out is {out.dtype} but x is {x.dtype}; cast one of them")
     for name, image in (("x", x), ("out", out)):
         if image.shape[1] != 1 and image.stride(1) != 1:
             raise ValueError(f"upconv: {name} is not channels-last (stride 1 along C)")
     batch, channels, height, width = x.shape
-    return Problem(
+    call = Problem(
         batch,
         channels,
         height,
@@ -181,6 +177,9 @@ def problem(
         dtype=x.dtype,
         tf32=_packing.rounds_to_tf32(x.dtype),
     )
+    shape = (call.taps, call.channels, call.columns)
+    _packing.check("upconv.prepack_gpu", weight, bias, shape, x.dtype)
+    return call
 
 
 def _output_shape(

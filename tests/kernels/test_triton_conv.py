@@ -262,9 +262,11 @@ def layout(*shape: int) -> Tensor:
         ({"residual": layout(1, 8, 6, 5).half()}, TypeError, "residual is torch.float16 but x is"),
         ({"x2": layout(1, 3, 6, 4)}, ValueError, "x2 has shape"),
         ({"x": torch.zeros(1, 20, 6, 5)}, ValueError, "x is not channels-last"),
-        ({"weight": torch.zeros(9, 20, 16).half()}, TypeError, "weight is torch.float16"),
+        ({"weight": torch.zeros(9, 20, 16).half()}, ValueError, "weight is torch.float16"),
         ({"weight": torch.zeros(9, 21, 16)}, ValueError, "from cvfast.ops.conv.prepack_gpu"),
         ({"weight": torch.zeros(9, 20, 8)}, ValueError, "from cvfast.ops.conv.prepack_gpu"),
+        ({"bias": torch.zeros(8)}, ValueError, r"bias is torch.float32 \(8,\)"),
+        ({"bias": torch.zeros(16).half()}, ValueError, "bias is torch.float16"),
     ],
     ids=str,
 )
@@ -280,7 +282,7 @@ def test_wrong_arguments_are_named(
         **{
             name: value
             for name, value in change.items()
-            if name in ("x", "weight", "residual", "x2")
+            if name in ("x", "weight", "bias", "residual", "x2")
         },
     }
     out = change.get("out", layout(1, 8, 6, 5))

@@ -188,7 +188,7 @@ def test_the_public_function_is_the_reference_elsewhere() -> None:
         ({"kernel_size": [3, 3]}, "larger than the padded image"),
         ({"parts": [2]}, "1 of out: expected 2"),
         ({"activation": "gelu"}, "unknown activation 'gelu'"),
-        ({"weight": [torch.zeros(1, 8, 12)]}, r"weight is torch.float32 \[1, 8, 12\]"),
+        ({"weight": [torch.zeros(1, 8, 12)]}, r"weight is torch.float32 \(1, 8, 12\)"),
         ({"bias": [torch.zeros(16).half()]}, "bias is torch.float16"),
         ({"x": [torch.zeros(1, 8, 2, 3)]}, "x is not channels-last"),
         ({"out": [image((1, 4, 2, 2))]}, r"out has shape \[1, 4, 2, 2\]"),

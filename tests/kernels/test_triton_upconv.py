@@ -141,6 +141,7 @@ def test_wrong_arguments_are_named(device: str) -> None:
         ((x, *packed), torch.zeros(1, 9, 6, 8), ValueError, "out is not channels-last"),
         ((x, *packed), layout(1, 9, 6, 8).half(), TypeError, "out is torch.float16"),
         ((x, packed[0][:3], packed[1]), layout(1, 9, 6, 8), ValueError, "upconv.prepack_gpu"),
+        ((x, packed[0], packed[1][:9]), layout(1, 9, 6, 8), ValueError, "the packed bias is"),
     ):
         with pytest.raises(error, match=message):
             call(*arguments, (2, 2), out=out.to(device))
