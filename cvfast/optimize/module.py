@@ -214,6 +214,7 @@ class OptimizedModule(nn.Module):
         if dtype is not None:
             working = copy.deepcopy(working).to(dtype)
         self.__dict__["_working"] = working
+        self.__dict__["_result_dtype"] = _dtype_of(self._network)
         self.__dict__["_tracked"] = None
         self.__dict__["_names"] = self._network.__dict__.keys() | dir(type(self._network))
         self.__dict__["_runner"] = Runner(
@@ -229,8 +230,8 @@ class OptimizedModule(nn.Module):
         if stale and (self._watch.structure_changed() or self._watch.weights_changed()):
             with self._lock:
                 self._bind()
-        args, kwargs = _cast((args, kwargs), dtype)
-        return _cast(self._runner(*args, **kwargs), _dtype_of(self._network))
+        args, kwargs = _cast(args, dtype), kwargs and _cast(kwargs, dtype)
+        return _cast(self._runner(*args, **kwargs), self._result_dtype)
 
     def _eligible(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call may leave the original path."""
@@ -316,7 +317,7 @@ class OptimizedModule(nn.Module):
             return None
         eager, dtype = self._working, self._options.dtype
         if dtype is not None:
-            eager = _Cast(self._working, dtype, _dtype_of(self._network))
+            eager = _Cast(self._working, dtype, self._result_dtype)
         return verify(self._run, eager, self._network, args, kwargs)
 
     def _fill_report(
@@ -468,6 +469,10 @@ def _is_floating(value: Any) -> bool:
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         return tree
+    if _is_floating(tree):
+        return tree.to(dtype)
+    if type(tree) is tuple:  # of arguments: tree_map takes 10 us
+        return tuple(_cast(value, dtype) for value in tree)
     return pytree.tree_map(lambda value: value.to(dtype) if _is_floating(value) else value, tree)
 
 
