@@ -53,7 +53,7 @@ constexpr int64_t conv_words(int64_t channels) {
 }
 
 // out = activation(bias + weight (*) [x, x2] + residual); T: float, BFloat16 or Half, sums are
-// float. x2 and residual may be null.
+// float. x2 and residual may be null; out may be residual itself.
 //
 // Weights are panels [ceil(out_channels / 16)][taps * words + 1][16] of 32-bit words, zero beyond
 // the last channel; the last row of a panel is the bias, as float. Direct: taps are the kernel's,

@@ -72,7 +72,7 @@ int64_t now() {
 
 // What one run writes to.
 struct Plan::Run {
-    Memory arena, scratch;
+    Memory arena;
     std::vector<std::unique_ptr<Call>> calls;
     std::unique_ptr<Counter[]> next;       // [call][worker], the worker's next unclaimed task
     std::unique_ptr<Counter[]> remaining;  // [phase], tasks
@@ -97,7 +97,6 @@ std::unique_ptr<Plan::Run> Plan::acquire() {
     }
     auto run = std::make_unique<Run>();
     run->arena = allocate(arena_bytes_);
-    run->scratch = allocate(scratch_bytes());
     for (const auto& call : calls_) run->calls.push_back(call->clone());
     for (const Relocation& r : in_arena_) {
         run->calls[r.call]->set_pointer(r.pointer, run->arena.get() + r.offset);
@@ -131,11 +130,12 @@ void Plan::run(std::span<void* const> externals, const Parallel& parallel, int64
 }
 
 void Plan::work(Run& run, int worker, int64_t* nanoseconds) const {
-    char* scratch = run.scratch.get() + worker * scratch_bytes_;
     int64_t time = nanoseconds ? now() : 0;
     for (std::size_t phase = 0; phase < phases_.size(); ++phase) {
+        const auto [first_call, last_call, tasks, scratch_bytes, scratch_offset] = phases_[phase];
+        char* scratch = run.arena.get() + scratch_offset + worker * scratch_bytes;
         int64_t done = 0;
-        for (int call = phases_[phase].begin; call < phases_[phase].end; ++call) {
+        for (int call = first_call; call < last_call; ++call) {
             const int64_t step = claim(tasks_[call], threads_);
             for (int i = 0; i < threads_; ++i) {
                 const int owner = (worker + i) % threads_;
@@ -163,7 +163,6 @@ void Plan::work(Run& run, int worker, int64_t* nanoseconds) const {
 PlanBuilder::PlanBuilder(std::vector<Space> spaces, int threads)
     : spaces_(std::move(spaces)), plan_(new Plan) {
     plan_->threads_ = threads;
-    plan_->arena_bytes_ = spaces_[0].bytes;
     plan_->externals_ = static_cast<int>(spaces_.size()) - 1;
 }
 
@@ -182,21 +181,24 @@ void PlanBuilder::append(std::unique_ptr<Call> call) {
     }
     const Cut cut = call->cut(plan_->threads_);
     plan_->tasks_.push_back(cut.tasks);
-    plan_->scratch_bytes_ = std::max(plan_->scratch_bytes_, round_up(cut.scratch_bytes));
+    scratch_bytes_ = std::max(scratch_bytes_, round_up(cut.scratch_bytes));
     plan_->calls_.push_back(std::move(call));
 }
 
-void PlanBuilder::barrier() {
+int64_t PlanBuilder::barrier() {
     const int end = plan_->call_count();
-    if (phase_begin_ == end) return;
-    Phase phase{phase_begin_, end, 0};
+    Phase phase{phase_begin_, end, 0, std::exchange(scratch_bytes_, 0), 0};
     for (int call = phase.begin; call < end; ++call) phase.tasks += plan_->tasks_[call];
     plan_->phases_.push_back(phase);
     phase_begin_ = end;
+    return phase.scratch_bytes * plan_->threads_;
 }
 
-std::unique_ptr<Plan> PlanBuilder::finish() {
-    barrier();
+std::unique_ptr<Plan> PlanBuilder::finish(int64_t arena_bytes, std::span<const int64_t> scratch) {
+    plan_->arena_bytes_ = arena_bytes;
+    for (std::size_t phase = 0; phase < scratch.size(); ++phase) {
+        plan_->phases_[phase].scratch_offset = scratch[phase];
+    }
     return std::move(plan_);
 }
 

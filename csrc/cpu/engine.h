@@ -30,6 +30,8 @@ struct Relocation {
 struct Phase {
     int begin, end;
     int64_t tasks;
+    int64_t scratch_bytes;   // of each thread
+    int64_t scratch_offset;  // of the first thread's, in the arena; the others' follow
 };
 
 // May be run by several threads at once: each run has an arena and operands of its own, which are
@@ -43,8 +45,6 @@ class Plan {
     void run(std::span<void* const> externals, const Parallel& parallel, int64_t* nanoseconds);
 
     int64_t arena_bytes() const { return arena_bytes_; }
-    // Of all threads together.
-    int64_t scratch_bytes() const { return scratch_bytes_ * threads_; }
     int call_count() const { return static_cast<int>(calls_.size()); }
     int phase_count() const { return static_cast<int>(phases_.size()); }
     int external_count() const { return externals_; }
@@ -61,7 +61,7 @@ class Plan {
 
     int threads_ = 1;
     int externals_ = 0;
-    int64_t arena_bytes_ = 0, scratch_bytes_ = 0;
+    int64_t arena_bytes_ = 0;
     std::vector<std::unique_ptr<Call>> calls_;
     std::vector<int64_t> tasks_;  // of each call
     std::vector<Phase> phases_;
@@ -78,14 +78,18 @@ class PlanBuilder {
     PlanBuilder(std::vector<Space> spaces, int threads);
 
     void append(std::unique_ptr<Call> call);
-    // What follows may read and overwrite what came before.
-    void barrier();
-    std::unique_ptr<Plan> finish();
+    // Ends a phase: what follows may read and overwrite what came before. Returns the bytes of
+    // scratch memory that its threads need together.
+    int64_t barrier();
+    int phase_count() const { return plan_->phase_count(); }
+    // `scratch`: where in the arena, which takes `arena_bytes` by now, that of each phase lies.
+    std::unique_ptr<Plan> finish(int64_t arena_bytes, std::span<const int64_t> scratch);
 
   private:
     std::vector<Space> spaces_;
     std::unique_ptr<Plan> plan_;
     int phase_begin_ = 0;
+    int64_t scratch_bytes_ = 0;  // of each thread, in the phase that is being recorded
 };
 
 }  // namespace cvfast

@@ -41,14 +41,17 @@ void plan_record(const Tensor& arena, const std::vector<Tensor>& externals, int6
     recording = std::make_unique<PlanBuilder>(std::move(spaces), static_cast<int>(threads));
 }
 
-void plan_barrier() {
+int64_t plan_barrier() {
     STD_TORCH_CHECK(recording, "cvfast::plan_barrier: no plan is being recorded");
-    recording->barrier();
+    return recording->barrier();
 }
 
-int64_t plan_finish() {
+int64_t plan_finish(int64_t arena_bytes, const std::vector<int64_t>& scratch) {
     STD_TORCH_CHECK(recording, "cvfast::plan_finish: no plan is being recorded");
-    std::shared_ptr<Plan> plan = recording->finish();
+    STD_TORCH_CHECK(static_cast<int>(scratch.size()) == recording->phase_count(),
+                    "cvfast::plan_finish: scratch memory of ", recording->phase_count(),
+                    " phases needs a place, got ", scratch.size());
+    std::shared_ptr<Plan> plan = recording->finish(arena_bytes, scratch);
     recording.reset();
     const std::scoped_lock lock(plans_mutex);
     plans.emplace(++last_plan, std::move(plan));
@@ -87,7 +90,7 @@ std::vector<int64_t> plan_profile(int64_t id, const std::vector<Tensor>& inputs,
 
 std::vector<int64_t> plan_memory(int64_t id) {
     const auto plan = find_plan(id);
-    return {plan->arena_bytes(), plan->scratch_bytes(), plan->arena_count()};
+    return {plan->arena_bytes(), plan->arena_count()};
 }
 
 }  // namespace

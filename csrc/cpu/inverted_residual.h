@@ -16,7 +16,8 @@ namespace cvfast {
 // means  = of d over the pixels of each of its rows
 //
 // T: float, BFloat16 or Half; sums are float. Weights are packed as those of pointwise and
-// depthwise. What does not apply is null; residual needs project, means its absence.
+// depthwise. What does not apply is null; residual needs project, means its absence;
+// out may be residual itself where x is not.
 template <class T>
 struct InvertedResidualOperands {
     const T* x;

@@ -29,6 +29,8 @@ struct PointwiseShape {
 
 // out = activation(bias + residual + weight * (gate * relu(scale * x + shift)))
 //
+// out may be residual itself.
+//
 // T: float, BFloat16 or Half; sums are float. Weights are rows of 16 32-bit words, in panels of 16
 // output channels. A panel's first row is the bias, as float; the others are, for float and Half,
 // one float per input channel; for BFloat16 one word per two input channels, the even one in the

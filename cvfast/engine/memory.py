@@ -1,8 +1,13 @@
-"""Where images lie: concatenations without copies, and one arena whose memory is used again."""
+"""Where images lie: concatenations without copies, sums in the place of what is added to, and one
+arena whose memory is used again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
 
 from .nodes import Concat, Copy, Graph, Image, Node
 
@@ -59,30 +64,75 @@ def _place_parts(node: Concat, graph: Graph, writers: dict[Image, Node]) -> list
     return copies
 
 
+def overwrite(graph: Graph) -> None:
+    """Let steps write over what none reads after them, where their kernels allow it.
+
+    So the sums of a row of residual blocks all lie in one place, which a kernel reads and writes
+    once, and a step needs memory for one of the two only.
+    """
+    last = _last_steps(graph)
+    for step, node in enumerate(graph.nodes):
+        candidates = [image.root()[0] for image in node.may_overwrite()]
+        reads = [image.root()[0] for image in node.reads()]
+        for root in candidates:
+            if (
+                last[root] == step
+                and root.external is None
+                and reads.count(root) == candidates.count(root)  # not for another purpose as well
+                and _has_place_of(node.out, root)
+            ):
+                last[root] = last.pop(node.out)
+                node.out.parent = root
+                break
+
+
+def _has_place_of(image: Image, other: Image) -> bool:
+    """Whether ``image``, which has no place yet, can have that of ``other``."""
+    return (
+        image.parent is None
+        and image.external is None
+        and (image.shape, image.dtype) == (other.shape, other.dtype)
+        and image.memory_strides() == other.memory_strides()
+    )
+
+
 @dataclass(frozen=True)
 class Lifetime:
     """From the first step that writes an image's memory to the last that reads it, inclusive.
 
-    Inputs are written before the first step, outputs read after the last.
+    Inputs are written before the first step, outputs read after the last. ``bytes``: what the image
+    takes in the arena.
     """
 
     image: Image
     first: int
     last: int
+    bytes: int
 
 
 def lifetimes(graph: Graph) -> list[Lifetime]:
     """Of all images that have memory of their own in the arena."""
     first: dict[Image, int] = {}
-    last: dict[Image, int] = {}
     for step, node in enumerate(graph.nodes):
         for image in (*node.reads(), *node.writes()):
-            root = image.root()[0]
-            first.setdefault(root, step)
-            last[root] = step
+            first.setdefault(image.root()[0], step)
     first.update((image.root()[0], 0) for image in graph.inputs)
+    last = _last_steps(graph)
+    return [Lifetime(i, first[i], last[i], i.bytes) for i in last if i.external is None]
+
+
+def _last_steps(graph: Graph) -> dict[Image, int]:
+    """The last step that reads or writes each image's memory: past the end for outputs."""
+    last: dict[Image, int] = {}
+    for step, node in enumerate(graph.nodes):
+        last.update((image.root()[0], step) for image in (*node.reads(), *node.writes()))
     last.update((image.root()[0], len(graph.nodes)) for image in graph.outputs)
-    return [Lifetime(i, first[i], last[i]) for i in last if i.external is None]
+    return last
+
+
+def scratch_lifetime(step: int, size: int) -> Lifetime:
+    """Of ``size`` bytes that the kernels of one step need for themselves."""
+    return Lifetime(Image((1, size, 1, 1), torch.uint8), step, step, size)
 
 
 @dataclass(frozen=True)
@@ -93,20 +143,24 @@ class Arena:
     offsets: dict[Image, int]
 
 
-def pack(lives: list[Lifetime], alignment: int = ALIGNMENT) -> Arena:
+def pack(
+    lives: list[Lifetime],
+    alignment: int = ALIGNMENT,
+    given: Mapping[Image, int] = MappingProxyType({}),
+) -> Arena:
     """Offsets such that no two images share memory while both live: the largest first, each at the
-    lowest place that is free throughout its life (Pisarchyk and Lee, 2020, greedy by size)."""
+    lowest place that is free throughout its life (Pisarchyk and Lee, 2020, greedy by size); but
+    those ``given``, which stay, before all others."""
     placed: list[tuple[int, int, Lifetime]] = []
     offsets: dict[Image, int] = {}
-    for life in sorted(lives, key=lambda life: (-life.image.bytes, life.first)):
-        size = -(-life.image.bytes // alignment) * alignment
-        offset = 0
+    for life in sorted(lives, key=lambda v: (v.image not in given, -v.bytes, v.first)):
+        size = -(-life.bytes // alignment) * alignment
+        offset = given.get(life.image, 0)
         for begin, end, other in placed:  # by offset
-            if other.last < life.first or life.last < other.first:
-                continue
-            if offset + size <= begin:
+            if life.image in given or offset + size <= begin:
                 break
-            offset = max(offset, end)
+            if other.first <= life.last and life.first <= other.last:
+                offset = max(offset, end)
         offsets[life.image] = offset
         placed.append((offset, offset + size, life))
         placed.sort(key=lambda entry: entry[0])
@@ -117,6 +171,6 @@ def lower_bound(lives: list[Lifetime]) -> int:
     """Bytes that live at the busiest step: no arena can be smaller."""
     steps = max((life.last for life in lives), default=-1) + 1
     return max(
-        (sum(v.image.bytes for v in lives if v.first <= s <= v.last) for s in range(steps)),
+        (sum(v.bytes for v in lives if v.first <= s <= v.last) for s in range(steps)),
         default=0,
     )

@@ -108,6 +108,11 @@ class Node(ABC):
     def writes(self) -> list[Image]:
         return [self.out]
 
+    def may_overwrite(self) -> list[Image]:
+        """Images in whose place ``out`` may be written: the kernel reads each element of theirs
+        before it writes the element of ``out`` at that index, in the same task."""
+        return []
+
     def flops(self) -> int:
         return 0
 
@@ -121,6 +126,11 @@ class Node(ABC):
 
     def _call(self, op: str, *arguments: Any, **outputs: Tensor) -> Call:
         return Call(getattr(ops, f"{op}_{self.backend}").out, arguments, outputs)
+
+    def _on_cpu(self, *images: Image | None) -> list[Image]:
+        """Those that there are, of a node for the CPU. On a GPU a sum may be taken in shares by
+        several blocks, and a kernel may fetch what is added long before it is."""
+        return [image for image in images if image is not None and self.backend == "cpu"]
 
 
 def _optional(image: Image | None, tensor: Tensors) -> Tensor | None:
@@ -139,6 +149,9 @@ class Pointwise(Node):
     gate: Image | None = None
     residual: Image | None = None
     activation: str = "none"
+
+    def may_overwrite(self) -> list[Image]:
+        return self._on_cpu(self.residual)
 
     def flops(self) -> int:
         return 2 * prod(self.out.shape) * self.x.channels
@@ -170,6 +183,9 @@ class Conv(Node):
     def takes_planes(self) -> bool:
         """Whether the kernel reads images whose channels lie apart, too."""
         return self.backend == "cpu" and self.x.channels < 16
+
+    def may_overwrite(self) -> list[Image]:
+        return self._on_cpu(self.residual)
 
     def flops(self) -> int:
         channels = self.x.channels + (self.x2.channels if self.x2 is not None else 0)
@@ -285,6 +301,9 @@ class Elementwise(Node):
     scale: Tensor | None = None
     shift: Tensor | None = None
 
+    def may_overwrite(self) -> list[Image]:
+        return self._on_cpu(self.x, self.y)
+
     def calls(self, tensor: Tensors) -> list[Call]:
         return [
             self._call(
@@ -346,6 +365,9 @@ class InvertedResidual(Node):
 
     def writes(self) -> list[Image]:
         return [self.out, *([self.means] if self.means is not None else [])]
+
+    def may_overwrite(self) -> list[Image]:
+        return self._on_cpu(self.residual)
 
     def flops(self) -> int:
         n, c, h, w = self.x.shape

@@ -23,8 +23,8 @@ ops = torch.ops.cvfast
 _library = torch.library.Library("cvfast", "FRAGMENT")
 for _schema in (
     "plan_record(Tensor arena, Tensor[] externals, int threads) -> ()",
-    "plan_barrier() -> ()",
-    "plan_finish() -> int",
+    "plan_barrier() -> int",
+    "plan_finish(int arena_bytes, int[] scratch) -> int",
     "plan_abandon() -> ()",
     "plan_run(int plan, Tensor[] inputs, Tensor(a!)[] outputs) -> ()",
     "plan_profile(int plan, Tensor[] inputs, Tensor(a!)[] outputs) -> int[]",
@@ -37,21 +37,26 @@ for _schema in (
 class ArenaPlan(ABC):
     """``graph``, its images placed in one arena.
 
-    ``arena_bytes`` is what they take, ``least_arena_bytes`` the bound that no arena can go below,
-    ``scratch_bytes`` what kernels take beside them, ``bytes_copied`` what is copied for want of a
-    better place.
+    ``bytes_copied`` is what is copied for want of a better place.
     """
-
-    scratch_bytes = 0
 
     def __init__(self, graph: Graph, alignment: int) -> None:
         memory.place(graph)
-        lives = memory.lifetimes(graph)
+        memory.overwrite(graph)
         self.graph = graph
-        self.arena = memory.pack(lives, alignment)
-        self.arena_bytes = self.arena.bytes
-        self.least_arena_bytes = memory.lower_bound(lives)
+        self.lives = memory.lifetimes(graph)
+        self.arena = memory.pack(self.lives, alignment)
         self.bytes_copied = sum(node.bytes_copied() for node in graph.nodes)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of a run, beside weights and what is handed in and out."""
+        return self.arena.bytes
+
+    @property
+    def least_arena_bytes(self) -> int:
+        """The bound that no arena can go below."""
+        return memory.lower_bound(self.lives)
 
     @abstractmethod
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -70,7 +75,8 @@ class ArenaPlan(ABC):
 
 class Plan(ArenaPlan):
     """``graph`` for ``threads`` threads of the CPU. May run in several threads at once, each on its
-    own arena. Inputs and outputs, which have the strides of the graph's, are not in the arena.
+    own arena. Inputs and outputs, which have the strides of the graph's, are not in the arena; the
+    scratch memory of kernels is.
 
     Raises:
         RuntimeError: without the compiled extension, or where a kernel refuses its arguments.
@@ -81,11 +87,11 @@ class Plan(ArenaPlan):
             raise RuntimeError(str(status))
         super().__init__(graph, memory.ALIGNMENT)
         self.threads = threads
-        self._id = self._record(self.arena)
+        self._id = self._record()
         weakref.finalize(self, _delete, self._id)
-        self.scratch_bytes = ops.plan_memory(self._id)[1]
 
-    def _record(self, arena: memory.Arena) -> int:
+    def _record(self) -> int:
+        arena = self.arena
         # Written to by none: pages that are not touched take no memory.
         base = torch.empty(max(1, arena.bytes), dtype=torch.uint8)
         externals = [_stand_in(image) for image in (*self.graph.inputs, *self.graph.outputs)]
@@ -102,14 +108,19 @@ class Plan(ArenaPlan):
 
         ops.plan_record(base, externals, self.threads)
         try:
-            for node in self.graph.nodes:
+            scratch = []
+            for step, node in enumerate(self.graph.nodes):
                 for call in node.calls(tensor):
                     call()  # appends itself
-                ops.plan_barrier()
+                scratch.append(memory.scratch_lifetime(step, ops.plan_barrier()))
         except BaseException:
             ops.plan_abandon()
             raise
-        number: int = ops.plan_finish()
+        # Images have their places: scratch memory, of one step each, lies in what they leave free.
+        self.lives = [*self.lives, *scratch]
+        self.arena = memory.pack(self.lives, given=arena.offsets)
+        places = [self.arena.offsets[life.image] for life in scratch]
+        number: int = ops.plan_finish(self.arena.bytes, places)
         return number
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -121,8 +132,8 @@ class Plan(ArenaPlan):
 
     def measured_bytes(self) -> int:
         """Memory that runs so far took beside weights, inputs and outputs."""
-        arena, scratch, count = ops.plan_memory(self._id)
-        return (arena + scratch) * count
+        arena, count = ops.plan_memory(self._id)
+        return arena * count
 
 
 def _delete(number: int) -> None:

@@ -296,8 +296,8 @@ def conv_cpu(
             concatenated. C must then be a multiple of 16.
         activation: one of ``CPU_ACTIVATIONS``.
         algorithm: ``"auto"`` (see :func:`choose_algorithm`) or one of ``ALGORITHMS``.
-        out: [N, K, P, Q], channels-last, to write to, e.g. a channel slice of a wider buffer; must
-            not overlap what is read. Default: a fresh tensor.
+        out: [N, K, P, Q], channels-last, to write to, e.g. a channel slice of a wider buffer; may
+            be ``residual``, and must not overlap what is read otherwise. Default: a fresh tensor.
 
     Raises:
         ValueError: for arguments that do not fit together, or an unknown activation or algorithm.

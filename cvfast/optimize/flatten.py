@@ -164,7 +164,6 @@ class Schedule:
             steps=len(steps) - torch_steps,
             torch_calls=len(self.steps) - len(plans) + torch_steps,
             arena_bytes=sum(plan.arena_bytes for plan in plans),
-            scratch_bytes=sum(plan.scratch_bytes for plan in plans),
             bytes_copied=sum(plan.bytes_copied for plan in plans),
         )
 

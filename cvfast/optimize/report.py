@@ -68,14 +68,13 @@ class Row:
 @dataclass(frozen=True)
 class Execution:
     """How one size of inputs runs on the CPU: ``plans`` of ``steps`` kernel calls in all, with
-    ``torch_calls`` operators between them that have no kernel. Bytes: of the arenas, of the
-    kernels' scratch memory, and what is copied for want of a better place in one run."""
+    ``torch_calls`` operators between them that have no kernel. Bytes: of the arenas, and what is
+    copied for want of a better place in one run."""
 
     plans: int
     steps: int
     torch_calls: int
     arena_bytes: int
-    scratch_bytes: int
     bytes_copied: int
 
     def __str__(self) -> str:
@@ -85,7 +84,7 @@ class Execution:
         return (
             f"{count(self.plans, 'plan')} of {count(self.steps, 'step')}, "
             f"{count(self.torch_calls, 'call')} of torch; arena {self.arena_bytes / 1e6:.1f} MB, "
-            f"scratch {self.scratch_bytes / 1e6:.1f} MB, {self.bytes_copied} bytes copied"
+            f"{self.bytes_copied} bytes copied"
         )
 
 

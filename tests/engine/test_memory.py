@@ -17,6 +17,10 @@ def image(channels: int, size: int = 4) -> Image:
     return Image((1, channels, size, size), torch.float32)
 
 
+def life(of: Image, first: int, last: int) -> Lifetime:
+    return Lifetime(of, first, last, of.bytes)
+
+
 def given_image(channels: int, number: int) -> Image:
     x = image(channels)
     x.strides = x.memory_strides()
@@ -27,7 +31,7 @@ def given_image(channels: int, number: int) -> Image:
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 20), st.integers(0, 8)), max_size=40))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_no_two_images_that_live_at_once_overlap(drawn: list[tuple[int, int, int]]) -> None:
-    lives = [Lifetime(image(c, 3), first, first + length) for c, first, length in drawn]
+    lives = [life(image(c, 3), first, first + length) for c, first, length in drawn]
     arena = memory.pack(lives)
     for i, a in enumerate(lives):
         begin = arena.offsets[a.image]
@@ -38,6 +42,14 @@ def test_no_two_images_that_live_at_once_overlap(drawn: list[tuple[int, int, int
             apart = begin + a.image.bytes <= other or other + b.image.bytes <= begin
             assert apart or a.last < b.first or b.last < a.first
     assert arena.bytes >= memory.lower_bound(lives)
+    more = [*lives, memory.scratch_lifetime(4, 999)]
+    again = memory.pack(more, given=arena.offsets)
+    assert {life.image: again.offsets[life.image] for life in lives} == arena.offsets
+    begin = again.offsets[more[-1].image]
+    for a in lives:
+        other = arena.offsets[a.image]
+        apart = begin + 999 <= other or other + a.image.bytes <= begin
+        assert apart or not a.first <= 4 <= a.last
 
 
 def test_a_chain_needs_two_places() -> None:
