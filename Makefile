@@ -56,6 +56,7 @@ bench: $(STAMPS)/test $(STAMPS)/build  ## time the zoo against its peers; hours
 	$(BIN)/python benchmarks/bench_zoo.py
 	$(BIN)/cvfast bench --batch 1,8 --threads 1,2 --dtype float32,bfloat16 --memory \
 		--json benchmarks/results/cpu/networks.json
+	$(BIN)/python benchmarks/limits.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove what was built, installed and drawn

@@ -286,6 +286,37 @@ def plan_families(results: Path = RESULTS, *, batch: int = 1) -> str:
     return markdown(["network", *kinds], body) + "\nLaunches: MB, of the plan / of PyTorch.\n"
 
 
+def limits(results: Path = RESULTS) -> str:
+    """Where each network's time on the CPU goes, a row each."""
+    measured = _load(results / "cpu" / "limits.json")
+    if measured is None:
+        return not_measured("python benchmarks/limits.py")
+    body = []
+    for row in measured["rows"]:
+        total, peak = row["total"], row["peak_flops_per_second"]
+        kinds = sorted(row["kinds"].items(), key=lambda item: -item[1]["seconds"])[:4]
+        body.append(
+            [
+                row["model"],
+                "x".join(map(str, row["shape"])),
+                row["dtype"],
+                str(row["threads"]),
+                f"{total['steps']}",
+                f"{total['flops'] / total['seconds'] / peak:.0%} of {peak * 1e-9:.0f}",
+                f"{total['bytes'] / total['seconds'] * 1e-9:.0f}",
+                f"{total['waiting']:.1%}",
+                ", ".join(
+                    f"{kind} {group['seconds'] / total['seconds']:.0%} at "
+                    f"{group['flops'] / group['seconds'] / peak:.0%}"
+                    for kind, group in kinds
+                ),
+            ]
+        )
+    head = ["network", "input", "dtype", "threads", "steps", "of peak GFLOP/s", "GB/s", "waiting"]
+    note = "\nKinds of steps: share of the time, share of the peak. "
+    return markdown([*head, "kinds of steps"], body) + note + provenance(measured["rows"])
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -387,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depthwise-cpu": depthwise,
     "pointwise-cpu": pointwise,
     "conv-cpu": conv,
+    "limits-cpu": limits,
     "validation": validation,
     "depthwise-predicted": functools.partial(predictions, op="depthwise"),
     "predicted": predictions,

@@ -106,7 +106,7 @@ std::unique_ptr<Plan::Run> Plan::acquire() {
     return run;
 }
 
-void Plan::run(std::span<void* const> externals, const Parallel& parallel, int64_t* nanoseconds) {
+void Plan::run(std::span<void* const> externals, const Parallel& parallel, PhaseTime* times) {
     auto run = acquire();
     for (const Relocation& r : in_externals_) {
         run->calls[r.call]->set_pointer(r.pointer,
@@ -124,13 +124,13 @@ void Plan::run(std::span<void* const> externals, const Parallel& parallel, int64
     // A pool that has fewer threads free gives one of them several workers: the first will do, for
     // no work waits for a certain worker.
     parallel(threads_, threads_,
-             [&](int64_t begin, int64_t) { work(*run, static_cast<int>(begin), nanoseconds); });
+             [&](int64_t begin, int64_t) { work(*run, static_cast<int>(begin), times); });
     const std::scoped_lock lock(mutex_);
     idle_.push_back(std::move(run));
 }
 
-void Plan::work(Run& run, int worker, int64_t* nanoseconds) const {
-    int64_t time = nanoseconds ? now() : 0;
+void Plan::work(Run& run, int worker, PhaseTime* times) const {
+    int64_t begun = times ? now() : 0;
     for (std::size_t phase = 0; phase < phases_.size(); ++phase) {
         const auto [first_call, last_call, tasks, scratch_bytes, scratch_offset] = phases_[phase];
         char* scratch = run.arena.get() + scratch_offset + worker * scratch_bytes;
@@ -152,10 +152,13 @@ void Plan::work(Run& run, int worker, int64_t* nanoseconds) const {
         }
         auto& remaining = run.remaining[phase].value;
         if (done) remaining.fetch_sub(done, std::memory_order_acq_rel);
+        const int64_t finished = times ? now() : 0;
         wait_for_zero(remaining);
-        if (nanoseconds && worker == 0) {
-            nanoseconds[phase] += now() - time;
-            time = now();
+        if (times) {
+            const int64_t end = now();
+            times[phase].waited.fetch_add(end - finished, std::memory_order_relaxed);
+            if (worker == 0) times[phase].elapsed += end - begun;
+            begun = end;
         }
     }
 }

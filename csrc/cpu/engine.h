@@ -2,6 +2,7 @@
 // docs/engine.md.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -34,15 +35,22 @@ struct Phase {
     int64_t scratch_offset;  // of the first thread's, in the arena; the others' follow
 };
 
+// Nanoseconds of a phase: from its beginning to its end, and those that its threads spent waiting
+// for each other at the end, all threads together.
+struct PhaseTime {
+    int64_t elapsed = 0;
+    std::atomic<int64_t> waited{0};
+};
+
 // May be run by several threads at once: each run has an arena and operands of its own, which are
 // kept for later runs.
 class Plan {
   public:
     ~Plan();
 
-    // `externals` are the spaces after the arena. With `nanoseconds` not null, the time that each
-    // phase took is added to it.
-    void run(std::span<void* const> externals, const Parallel& parallel, int64_t* nanoseconds);
+    // `externals` are the spaces after the arena. With `times` not null, the times of each phase
+    // are added to it.
+    void run(std::span<void* const> externals, const Parallel& parallel, PhaseTime* times);
 
     int64_t arena_bytes() const { return arena_bytes_; }
     int call_count() const { return static_cast<int>(calls_.size()); }
@@ -57,7 +65,7 @@ class Plan {
 
     Plan() = default;
     std::unique_ptr<Run> acquire();
-    void work(Run& run, int worker, int64_t* nanoseconds) const;
+    void work(Run& run, int worker, PhaseTime* times) const;
 
     int threads_ = 1;
     int externals_ = 0;

@@ -66,14 +66,14 @@ void plan_delete(int64_t id) {
 }
 
 void run(Plan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
-         int64_t* nanoseconds) {
+         PhaseTime* times) {
     std::vector<void*> externals;
     for (const Tensor& t : inputs) externals.push_back(const_cast<void*>(t.const_data_ptr()));
     for (const Tensor& t : outputs) externals.push_back(t.mutable_data_ptr());
     STD_TORCH_CHECK(static_cast<int>(externals.size()) == plan.external_count(),
                     "cvfast::plan_run: the plan was recorded with ", plan.external_count(),
                     " tensors, got ", externals.size());
-    plan.run(externals, torch_pool(), nanoseconds);
+    plan.run(externals, torch_pool(), times);
 }
 
 void plan_run(int64_t id, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
@@ -83,8 +83,13 @@ void plan_run(int64_t id, const std::vector<Tensor>& inputs, const std::vector<T
 std::vector<int64_t> plan_profile(int64_t id, const std::vector<Tensor>& inputs,
                                   const std::vector<Tensor>& outputs) {
     const auto plan = find_plan(id);
-    std::vector<int64_t> nanoseconds(plan->phase_count());
-    run(*plan, inputs, outputs, nanoseconds.data());
+    std::vector<PhaseTime> times(plan->phase_count());
+    run(*plan, inputs, outputs, times.data());
+    std::vector<int64_t> nanoseconds;
+    for (const PhaseTime& time : times) {
+        nanoseconds.push_back(time.elapsed);
+        nanoseconds.push_back(time.waited);
+    }
     return nanoseconds;
 }
 

@@ -77,7 +77,8 @@ class GpuPlan(ArenaPlan):
                 marks.append(_mark(self.device))
             for out, image in zip(outputs, self._outputs, strict=True):
                 out.copy_(image)
-        return self._rows([_seconds(a, b) for a, b in itertools.pairwise(marks)])
+        seconds = [_seconds(a, b) for a, b in itertools.pairwise(marks)]
+        return self._rows(seconds, [0.0] * len(seconds))
 
     def _tensor(self, image: Image) -> Tensor:
         root, channel = image.root()

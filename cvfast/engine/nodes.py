@@ -116,6 +116,12 @@ class Node(ABC):
     def flops(self) -> int:
         return 0
 
+    def bytes(self) -> int:
+        """Least traffic: every image read or written, and every constant, once."""
+        values = pytree.tree_leaves([getattr(self, f.name) for f in fields(self)])
+        constants = sum(v.nbytes for v in values if isinstance(v, Tensor))
+        return constants + sum(image.bytes for image in {*self.reads(), *self.writes()})
+
     def bytes_copied(self) -> int:
         """Bytes written that were in memory already."""
         return 0

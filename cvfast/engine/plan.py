@@ -64,12 +64,19 @@ class ArenaPlan(ABC):
 
     @abstractmethod
     def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """Run, and say of each step what it was, its FLOPs and how many seconds it took."""
+        """Run, and say of each step what it was, its FLOPs and bytes, how many seconds it took, and
+        how many its threads spent waiting for each other at its end, all together."""
 
-    def _rows(self, seconds: Sequence[float]) -> list[dict[str, Any]]:
+    def _rows(self, seconds: Sequence[float], waited: Sequence[float]) -> list[dict[str, Any]]:
         return [
-            {**describe(node), "flops": node.flops(), "seconds": taken}
-            for node, taken in zip(self.graph.nodes, seconds, strict=True)
+            {
+                **describe(node),
+                "flops": node.flops(),
+                "bytes": node.bytes(),
+                "seconds": taken,
+                "waited": idle,
+            }
+            for node, taken, idle in zip(self.graph.nodes, seconds, waited, strict=True)
         ]
 
 
@@ -128,7 +135,8 @@ class Plan(ArenaPlan):
 
     def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
         times = ops.plan_profile(self._id, inputs, outputs)
-        return self._rows([nanoseconds * 1e-9 for nanoseconds in times])
+        seconds = [nanoseconds * 1e-9 for nanoseconds in times]
+        return self._rows(seconds[::2], seconds[1::2])
 
     def measured_bytes(self) -> int:
         """Memory that runs so far took beside weights, inputs and outputs."""

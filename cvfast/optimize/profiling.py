@@ -17,15 +17,18 @@ from .module import OptimizedModule
 @dataclass(frozen=True)
 class Step:
     """``name``: the module it came from; ``kind``: the node of :mod:`cvfast.engine.nodes`;
-    ``reads`` and ``out``: shapes; ``flops``: multiplications and additions; ``seconds``: the median
-    over runs, barrier included."""
+    ``reads`` and ``out``: shapes; ``flops``: multiplications and additions; ``bytes``: of all
+    images and weights, once each; ``seconds``: the median over runs; ``waited``: those of them that
+    the threads spent waiting for each other at the step's end, all threads together."""
 
     name: str
     kind: str
     reads: str
     out: str
     flops: int
+    bytes: int
     seconds: float
+    waited: float
 
     @property
     def flops_per_second(self) -> float:
@@ -48,10 +51,11 @@ def profile(network: OptimizedModule, *args: Any, runs: int = 20, **kwargs: Any)
         )
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         rounds = [schedule.profile(flat) for _ in range(runs + 1)][1:]
-    return [
-        Step(**{**row, "seconds": statistics.median(r[i]["seconds"] for r in rounds)})
-        for i, row in enumerate(rounds[0])
-    ]
+    steps = []
+    for same in zip(*rounds, strict=True):
+        times = {t: statistics.median(row[t] for row in same) for t in ("seconds", "waited")}
+        steps.append(Step(**{**same[0], **times}))
+    return steps
 
 
 def _program(network: OptimizedModule, flat: list[Tensor]) -> Program | None:

@@ -213,7 +213,9 @@ def test_profile_computes_and_times_every_step() -> None:
     rows = plan.profile([x], [out])
     torch.testing.assert_close(out, x + 3)
     assert [row["kind"] for row in rows] == ["Elementwise"] * 3
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(0 <= row["waited"] <= 2 * row["seconds"] for row in rows)
+    assert all(row["bytes"] >= 2 * x.nbytes for row in rows)
+    assert sum(row["seconds"] for row in rows) > 0
 
 
 def test_a_call_that_is_refused_ends_the_recording() -> None:
@@ -315,6 +317,8 @@ def test_profile_names_the_modules() -> None:
         2 * 100 * 16 * 9 * 32,
         2 * 100 * 32 * 16,
     ]
+    weights = 4 * 16 * (32 + 1)
+    assert [s.bytes for s in steps if s.flops][-1] == 4 * 100 * (32 + 16) + weights
 
 
 @pytest.mark.filterwarnings("error:cvfast cannot plan")
