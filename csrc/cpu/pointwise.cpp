@@ -69,24 +69,29 @@ template <class T>
 PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, int threads) {
     PointwisePlan p{};
     if (s.batch * s.height * s.width == 0) return p;
-    // Whether every operand's step of one axis is `inner` of its pixels.
-    const auto even = [&](int64_t inner, int64_t x, int64_t residual, int64_t out) {
-        return x == inner * s.x_pixel && out == inner * s.out_pixel &&
-               (!o.residual || residual == inner * s.residual_pixel);
+    // Whether the results' step of one axis is `inner` of their pixels.
+    const auto even = [&](int64_t inner, int64_t residual, int64_t out) {
+        return out == inner * s.out_pixel && (!o.residual || residual == inner * s.residual_pixel);
     };
+    const bool one_line = s.height == 1;
+    const bool even_source = one_line || s.x_row == s.width * s.x_pixel;
+    const bool even_results = one_line || even(s.width, s.residual_row, s.out_row);
     p.lines = s.height;
     p.run_rows = s.width;
-    if (s.height == 1 || even(s.width, s.x_row, s.residual_row, s.out_row)) {
+    // Lines that lie apart in the source only are brought together by packing.
+    if (even_results && (even_source || s.out_channels >= kPackedChannels)) {
         p.lines = 1;
         p.run_rows = s.height * s.width;
     }
     p.runs = s.batch * p.lines;
+    const int64_t x_image = even_source ? p.run_rows * s.x_pixel : s.height * s.x_row;
     const bool images_alike =
-        s.batch == 1 || even(p.run_rows, s.x_image, s.residual_image, s.out_image);
+        s.batch == 1 || (s.x_image == x_image && even(p.run_rows, s.residual_image, s.out_image));
     if (p.lines == 1 && images_alike && !o.gate) {
         p.runs = 1;
         p.run_rows *= s.batch;
     }
+    p.line = even_source ? p.run_rows : s.width;
 
     const double pixels = double(s.batch) * double(s.height * s.width);
     const double in = double(s.in_channels), out = double(s.out_channels);
@@ -100,7 +105,7 @@ PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, 
     p.row_blocks = blocks.row_blocks;
     p.panel_blocks = blocks.panel_blocks;
     p.tasks = p.runs * p.row_blocks * p.panel_blocks;
-    p.pack = needs_pack(s, o);
+    p.pack = needs_pack(s, o) || p.line < p.run_rows;
     if (p.pack) {
         p.scratch_bytes = ceil_div(p.run_rows, p.row_blocks) *
                           pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>);
@@ -126,6 +131,8 @@ void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const Poi
     block.segment = pointwise_segment(p.run_rows);
     block.pack = p.pack;
     block.scratch = scratch;
+    block.line = p.line;
+    block.x_line = s.x_row;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t row_block = task % p.row_blocks;
         const int64_t run = task / p.row_blocks % p.runs;
@@ -138,7 +145,9 @@ void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const Poi
         block.rows = (row_block + 1) * p.run_rows / p.row_blocks - row;
         block.out_channels = std::min(s.out_channels, panel_end * kPointwisePanel) - channel;
         block.operands = o;
-        block.operands.x += image * s.x_image + line * s.x_row + row * s.x_pixel;
+        block.column = row % p.line;
+        block.operands.x += image * s.x_image + (line + row / p.line) * s.x_row;
+        block.operands.x += block.column * s.x_pixel;
         block.operands.packed += panel * (words + 1) * kPointwisePanel;
         if (o.gate) block.operands.gate += image * s.gate_image;
         if (o.residual) {

@@ -68,6 +68,9 @@ constexpr int64_t pointwise_panels(int64_t out_channels) {
 // or fewer, which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
 constexpr int64_t pointwise_segment(int64_t pixels) { return pixels <= 3 ? 32 : 128; }
 
+// To bring pixels into scratch memory pays where this many output channels read them from there.
+inline constexpr int64_t kPackedChannels = 64;
+
 // Whether pixels must be brought into scratch memory before they are multiplied, or had better be.
 template <class T>
 constexpr bool pointwise_must_pack(int64_t in_channels, int64_t x_pixel, int64_t out_channels) {
@@ -75,7 +78,7 @@ constexpr bool pointwise_must_pack(int64_t in_channels, int64_t x_pixel, int64_t
     if (in_channels * int64_t{sizeof(T)} % 4 != 0) return true;  // half a word would be left over
     // Pixels a multiple of 4096 bytes apart share one set of the L1 cache, which has fewer ways
     // than a tile has pixels. The copy pays where enough weights pass over it.
-    return x_pixel * int64_t{sizeof(T)} % 4096 == 0 && out_channels >= 64;
+    return x_pixel * int64_t{sizeof(T)} % 4096 == 0 && out_channels >= kPackedChannels;
 }
 
 // What does not apply is null; scale and shift come together.
@@ -96,6 +99,8 @@ struct PointwiseOperands {
 struct PointwisePlan : Cut {
     int64_t runs, run_rows;            // matrices of pixels, and the pixels of each
     int64_t lines;                     // runs per image; 1 too where one run holds every image
+    int64_t line;                      // pixels that lie evenly apart in the source: of a run,
+                                       // or of one of its lines, which packing brings together
     int64_t row_blocks, panel_blocks;  // of each run
     bool pack;                         // pixels are brought into scratch memory
 };

@@ -22,6 +22,9 @@ struct PointwiseBlock {
     float* sums;  // not needed where one chunk is all
     bool pack;    // bring the pixels into scratch, by pointwise_pack, before they are read
     void* scratch;
+    // Packed: where line > 0, pixels of the source lie evenly apart in lines of this many, x_line
+    // from line to line; the first is its line's pixel `column`.
+    int64_t line, column, x_line;
 };
 
 // Bytes between packed pixels: whole cache lines, an odd number of them. At a multiple of 4096 all
@@ -39,9 +42,6 @@ inline int64_t pointwise_whole_channels(int64_t out_channels) {
 #endif
 
 namespace CVFAST_ISA_NAMESPACE {
-
-// Weights are fetched this many rows ahead: those of a network do not fit L2.
-inline constexpr int64_t kPrefetchRows = 16;
 
 // Pixels per tile at most: with two vectors each, and those of the weights, they fill the
 // registers.
@@ -71,6 +71,8 @@ struct PointwiseTile {
     const float* bias;    // lane 0 of the first vector's
     const float* panels;  // the same of the row before the segment's
     int64_t panel;        // floats from panel to panel
+    const char* ahead;    // the tile's share of the weights to be read next, which it fetches
+    int64_t ahead_step;   // bytes of each panel, per word
     float* segment_sums;  // what earlier segments leave to later ones
     bool first_segment, last_segment;
     const T* residual;
@@ -81,9 +83,10 @@ struct PointwiseTile {
     Activation activation;
 };
 
+inline constexpr int kPerPanel = kPointwisePanel / kLanes;  // vectors
+
 template <int V>
 CVFAST_INLINE void load_weights(Vec (&weights)[V], const float* panels, int64_t panel) {
-    constexpr int kPerPanel = kPointwisePanel / kLanes;
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
         weights[v] = load(panels + v / kPerPanel * panel + v % kPerPanel * kLanes);
         opaque(weights[v]);
@@ -123,12 +126,13 @@ void pointwise_tile(const PointwiseTile<A, T>& t) {
     const int64_t pixel = t.a_pixel;
     const char* a[kPointers];
     CVFAST_UNROLL for (int i = 0; i < kPointers; ++i) a[i] = t.a + 5 * i * pixel;
+    const char* ahead = t.ahead;
     for (int64_t words = t.words; words >= kWords; words -= kWords) {
         panels += kPointwisePanel;
-        __builtin_prefetch(panels + kPrefetchRows * kPointwisePanel);
-        if constexpr (V * kLanes > kPointwisePanel) {
-            __builtin_prefetch(panels + panel + kPrefetchRows * kPointwisePanel);
+        CVFAST_UNROLL for (int v = 0; v < V; v += kPerPanel) {
+            __builtin_prefetch(ahead + v / kPerPanel * panel * int64_t{sizeof(float)});
         }
+        ahead += t.ahead_step;
         load_weights(weights, panels, panel);
         CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
             accumulate<A>(sums[r], broadcast_words<kWords>(a[r / 5] + r % 5 * pixel), weights);
@@ -218,41 +222,81 @@ CVFAST_INLINE void pointwise_tile_of(int64_t rows, const PointwiseTile<A, T>& t)
 inline constexpr int kFewRows = 3;
 inline constexpr int kFewRowsVectors = 4;
 
+// Weights of more than this many bytes come from memory. So they are fetched ahead, evenly while
+// the tiles before are computed, and read from there once: the tiles of a block take turns at a
+// segment of the weights, if they are few enough to keep their sums meanwhile.
+inline constexpr int64_t kFarWeights = 128 * 1024;
+inline constexpr int kTurnTiles = 7;
+// Others are fetched from L2 this many rows ahead.
+inline constexpr int64_t kNearRows = 16;
+
 // V vectors of channels from channel c on, for all pixels of a block; a's last vector holds `last`.
+// `next` is the first panel of the column after this one.
 template <class A, class T, int kMaxRows, int V, int kWords>
-void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int64_t c) {
+void pointwise_column(const PointwiseBlock<T>& block, PointwiseTile<A, T> t, int64_t c,
+                      const float* next) {
     const int64_t before = block.chunk_begin * int64_t{sizeof(A)} / 4, words = t.words;
+    const int64_t segment = block.segment;
     const bool last_chunk = block.chunk_begin + block.chunk == block.in_channels;
     const int64_t left = block.out_channels - c;
     constexpr int kChannels = kLanes / kWords;
     t.last = static_cast<int>(std::min<int64_t>(kChannels, left - (V - 1) * kChannels));
     t.residual = block.operands.residual ? block.operands.residual + c : nullptr;
     t.out = block.operands.out + c;
-    float segment_sums[kMaxRows * V * kLanes];
+    // Tiles of almost equal height: a rest of one pixel would run at an eighth of the rate.
+    const int64_t tiles = (block.rows + kMaxRows - 1) / kMaxRows;
+    const int64_t height = block.rows / tiles, higher = block.rows % tiles;
+    const bool far = tiles > 1 && block.out_channels * words * 4 > kFarWeights;
+    const bool turns = far && words > segment && tiles <= kTurnTiles;
+    const int64_t group = turns || words <= segment ? tiles : 1;
+    alignas(64) float segment_sums[kTurnTiles * kMaxRows * V * kLanes];
     t.segment_sums = segment_sums;
     if (block.sums) {  // the columns before have 1 sum per channel, in the half panel 2
         t.segment_sums = block.sums + (c + (kWords - 1) * (c % kPointwisePanel)) * block.rows;
     }
-    // Tiles of almost equal height: a rest of one pixel would run at an eighth of the rate.
-    const int64_t tiles = (block.rows + kMaxRows - 1) / kMaxRows;
-    const int64_t height = block.rows / tiles, higher = block.rows % tiles;
-    const char* a = t.a;
+    const int64_t sums_of_pixel = turns || block.sums ? V * kLanes : 0;
     const float* panels = t.panels;
     t.bias = panels;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t rows = height + (tile < higher);
-        for (int64_t word = 0; word < words; word += block.segment) {
-            t.a = a + word * 4;
-            t.panels = panels + (before + word) / kWords * kPointwisePanel;
-            t.words = std::min(block.segment, words - word);
+    const auto row_of = [=](int64_t word) { return (before + word) / kWords * kPointwisePanel; };
+    for (int64_t tile = 0; tile < tiles;) {
+        const int64_t begin = tile, end = begin + group;
+        for (int64_t word = 0; word < words; word += segment) {
+            t.panels = panels + row_of(word);
+            t.words = std::min(segment, words - word);
             t.first_segment = before + word == 0;
             t.last_segment = last_chunk && word + t.words == words;
-            pointwise_tile_of<A, T, kMaxRows, V, kWords>(rows, t);
+            const int64_t rest = words - word - t.words;
+            t.ahead = reinterpret_cast<const char*>(t.panels + (1 + kNearRows) * kPointwisePanel);
+            t.ahead_step = kPointwisePanel * int64_t{sizeof(float)};
+            if (far) {
+                const float* ahead = rest          ? panels + row_of(word + t.words)
+                                     : end < tiles ? panels
+                                                   : next;
+                t.ahead = reinterpret_cast<const char*>(ahead + kPointwisePanel);
+                t.ahead_step *= std::min(segment, rest ? rest : words);
+                t.ahead_step /= group * t.words;
+            }
+            int64_t pixels = 0;
+            for (tile = begin; tile < end; ++tile) {
+                const int64_t rows = height + (tile < higher);
+                pointwise_tile_of<A, T, kMaxRows, V, kWords>(rows, t);
+                t.a += rows * t.a_pixel;
+                t.segment_sums += rows * sums_of_pixel;
+                if (t.residual) t.residual += rows * t.residual_pixel;
+                t.out += rows * t.out_pixel;
+                if (far) t.ahead += t.words * t.ahead_step;
+                pixels += rows;
+            }
+            if (rest == 0) {
+                t.a -= word * 4;
+                break;
+            }
+            // Back to the first pixel, on to the next segment.
+            t.a += t.words * 4 - pixels * t.a_pixel;
+            t.segment_sums -= pixels * sums_of_pixel;
+            if (t.residual) t.residual -= pixels * t.residual_pixel;
+            t.out -= pixels * t.out_pixel;
         }
-        a += rows * t.a_pixel;
-        if (block.sums) t.segment_sums += rows * V * kLanes;
-        if (t.residual) t.residual += rows * t.residual_pixel;
-        t.out += rows * t.out_pixel;
     }
 }
 
@@ -269,30 +313,34 @@ void pointwise_columns(const PointwiseBlock<T>& block, const char* a, int64_t a_
     t.out_pixel = block.out_pixel;
     t.activation = block.activation;
     const float* packed = block.operands.packed;
+    const auto panels_at = [=](int64_t c) {
+        return packed + c / kPointwisePanel * t.panel + c % kPointwisePanel;
+    };
     const int64_t whole = pointwise_whole_channels(block.out_channels);
     for (int64_t c = 0; c < whole;) {
-        t.panels = packed + c / kPointwisePanel * t.panel + c % kPointwisePanel;
+        t.panels = panels_at(c);
         const int64_t left = whole - c;
         if (block.rows <= kFewRows && left > (kFewRowsVectors - 1) * kLanes) {
-            pointwise_column<A, T, kFewRows, kFewRowsVectors, 1>(block, t, c);
             c += kFewRowsVectors * kLanes;
+            pointwise_column<A, T, kFewRows, kFewRowsVectors, 1>(
+                block, t, c - kFewRowsVectors * kLanes, panels_at(c));
         } else if (left > kLanes) {
-            pointwise_column<A, T, kPointwiseRows, 2, 1>(block, t, c);
             c += 2 * kLanes;
+            pointwise_column<A, T, kPointwiseRows, 2, 1>(block, t, c - 2 * kLanes, panels_at(c));
         } else {
-            pointwise_column<A, T, kPointwiseRows, 1, 1>(block, t, c);
             c += kLanes;
+            pointwise_column<A, T, kPointwiseRows, 1, 1>(block, t, c - kLanes, panels_at(c));
         }
     }
     t.panels = packed + whole / kPointwisePanel * t.panel;
     for (int64_t c = whole; c < block.out_channels;) {
         constexpr int kMost = kLanes < kPointwisePanel ? 2 : 1;  // the half panel's at most
         if (block.out_channels - c > (kMost - 1) * (kLanes / 2)) {
-            pointwise_column<A, T, kPointwiseRows, kMost, 2>(block, t, c);
+            pointwise_column<A, T, kPointwiseRows, kMost, 2>(block, t, c, packed);
             c += kMost * kLanes / 2;
             t.panels += kMost * kLanes;
         } else {
-            pointwise_column<A, T, kPointwiseRows, 1, 2>(block, t, c);
+            pointwise_column<A, T, kPointwiseRows, 1, 2>(block, t, c, packed);
             c += kLanes / 2;
             t.panels += kLanes;
         }
@@ -320,7 +368,12 @@ void pointwise_pack(const PointwiseBlock<T>& block) {
     const int64_t pixel = pointwise_packed_pixel(channels, sizeof(A)) / int64_t{sizeof(A)};
     const T* x = o.x;
     A* a = static_cast<A*>(block.scratch);
-    for (int64_t r = 0; r < block.rows; ++r, x += block.x_pixel, a += pixel) {
+    int64_t column = block.column;
+    for (int64_t r = 0; r < block.rows; ++r, x += block.x_pixel, a += pixel, ++column) {
+        if (column == block.line && column > 0) {
+            x += block.x_line - column * block.x_pixel;
+            column = 0;
+        }
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {
             store(a + c, pointwise_source<T, false>(o, x, c, kLanes));
