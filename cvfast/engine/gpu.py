@@ -81,10 +81,10 @@ class GpuPlan(ArenaPlan):
         return self._rows(seconds, [0.0] * len(seconds))
 
     def _tensor(self, image: Image) -> Tensor:
-        root, channel = image.root()
+        root = image.root()[0]
         begin = self.arena.offsets[root]
         whole = self._memory[begin : begin + root.bytes].view(root.dtype)
-        first = whole.storage_offset() + channel
+        first = whole.storage_offset() + image.offset()
         return whole.as_strided(image.shape, image.memory_strides(), first)
 
     def _copy_in(self, inputs: Sequence[Tensor]) -> None:

@@ -30,15 +30,16 @@ ops = torch.ops.cvfast
 class Image:
     """A batch of images, [N, C, H, W]; a matrix [N, C] is one of single pixels.
 
-    ``parent`` and ``channel``: the image whose channels from ``channel`` on this one is, if it has
-    no memory of its own. ``external``: the number of the tensor that holds it, if the plan is
-    handed it. ``strides``, in elements: that tensor's, or those that the image must have.
+    ``parent``, ``channel`` and ``row``: the image whose channels and rows from these on this one
+    is, if it has no memory of its own. ``external``: the number of the tensor that holds it, if the
+    plan is handed it. ``strides``, in elements: that tensor's, or those that the image must have.
     """
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     parent: Image | None = None
     channel: int = 0
+    row: int = 0
     external: int | None = None
     strides: tuple[int, int, int, int] | None = None
 
@@ -57,6 +58,20 @@ class Image:
             channel += image.channel
             image = image.parent
         return image, channel
+
+    def offset(self) -> int:
+        """Elements from the first of the image whose memory this one lies in to its own first."""
+        _, channel, row, _ = self.memory_strides()
+        image, elements = self, 0
+        while image.parent is not None:
+            elements += image.channel * channel + image.row * row
+            image = image.parent
+        return elements
+
+    def rows(self, begin: int, end: int) -> Image:
+        """Rows [``begin``, ``end``) of this image."""
+        shape = (*self.shape[:2], end - begin, self.shape[3])
+        return Image(shape, self.dtype, parent=self, row=begin)
 
     def memory_strides(self) -> tuple[int, int, int, int]:
         """Elements between images, channels, rows and pixels, where the image lies."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvfast import extension
 
-from . import memory
+from . import bands, memory
 from .nodes import Graph, Image, describe
 
 ops = torch.ops.cvfast
@@ -42,6 +42,7 @@ class ArenaPlan(ABC):
 
     def __init__(self, graph: Graph, alignment: int) -> None:
         memory.place(graph)
+        bands.cut(graph)
         memory.overwrite(graph)
         self.graph = graph
         self.lives = memory.lifetimes(graph)
@@ -104,13 +105,13 @@ class Plan(ArenaPlan):
         externals = [_stand_in(image) for image in (*self.graph.inputs, *self.graph.outputs)]
 
         def tensor(image: Image) -> Tensor:
-            root, channel = image.root()
+            root = image.root()[0]
             if root.external is not None:
                 whole = externals[root.external]
             else:
                 begin = arena.offsets[root]
                 whole = base[begin : begin + root.bytes].view(root.dtype)
-            first = whole.storage_offset() + channel
+            first = whole.storage_offset() + image.offset()
             return whole.as_strided(image.shape, image.memory_strides(), first)
 
         ops.plan_record(base, externals, self.threads)
