@@ -1,6 +1,7 @@
 #include "cpu/conv.h"
 
 #include "cpu/bindings.h"
+#include "cpu/winograd.h"
 
 namespace cvfast {
 namespace {
@@ -25,8 +26,11 @@ std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& x, con
     }
     const bool winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 &&
                           s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
-    if (winograd && packed_as(ScalarType::Float, 16 * s.in_channels)) return winograd_f2;
-    if (winograd && packed_as(ScalarType::Float, 36 * s.in_channels)) return winograd_f4;
+    if (!winograd) return std::nullopt;
+    for (const ConvAlgorithm algorithm : {winograd_f2, winograd_f2x4, winograd_f4}) {
+        const int64_t rows = winograd_tile(algorithm).taps() * s.in_channels;
+        if (packed_as(ScalarType::Float, rows)) return algorithm;
+    }
     return std::nullopt;
 }
 

@@ -18,25 +18,15 @@ int64_t most_tiles(int64_t channels) { return channels <= 512 ? 2 * kStep : 8 * 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t outputs_across(ConvAlgorithm algorithm) {
-    return algorithm == ConvAlgorithm::winograd_f4 ? 4 : 2;
-}
-
-int64_t taps_of(ConvAlgorithm algorithm) {
-    const int64_t side = outputs_across(algorithm) + 2;
-    return side * side;
-}
-
-int64_t tile_count(const ConvShape& s, ConvAlgorithm algorithm) {
-    const int64_t out = outputs_across(algorithm);
-    return s.batch * ((s.out_height + out - 1) / out) * ((s.out_width + out - 1) / out);
+int64_t tile_count(const ConvShape& s) {
+    const WinogradTile tile = winograd_tile(s.algorithm);
+    return s.batch * ceil_div(s.out_height, tile.height) * ceil_div(s.out_width, tile.width);
 }
 
 }  // namespace
 
 ConvPlan winograd_plan(const ConvShape& s, int threads) {
-    const int64_t taps = taps_of(s.algorithm);
-    const int64_t tiles = tile_count(s, s.algorithm);
+    const int64_t tiles = tile_count(s);
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
 
     ConvPlan plan{};
@@ -64,7 +54,8 @@ ConvPlan winograd_plan(const ConvShape& s, int threads) {
     const int64_t even = ceil_div(tiles, std::max(least_blocks, ceil_div(tiles, plan.tiles)));
     plan.tiles = even < kStep ? even : std::min(tiles, ceil_div(even, kStep) * kStep);
     plan.pixel_blocks = ceil_div(tiles, plan.tiles);
-    plan.scratch_bytes = winograd_scratch(s.in_channels, taps, plan.tiles).bytes();
+    plan.scratch_bytes =
+        winograd_scratch(s.in_channels, winograd_tile(s.algorithm).taps(), plan.tiles).bytes();
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
@@ -73,13 +64,15 @@ template <class T>
 void winograd_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>& operands,
                    int64_t task, void* scratch) {
     using Kernel = void (*)(const ConvShape&, const ConvOperands<T>&, const WinogradBlock&, void*);
-    static constexpr Kernel f2[kIsaCount] = CVFAST_ISA_TABLE(winograd_f2_block<T>);
-    static constexpr Kernel f4[kIsaCount] = CVFAST_ISA_TABLE(winograd_f4_block<T>);
+    // In the order of ConvAlgorithm, behind direct.
+    static constexpr Kernel kernels[][kIsaCount] = {CVFAST_ISA_TABLE(winograd_f2_block<T>),
+                                                    CVFAST_ISA_TABLE(winograd_f2x4_block<T>),
+                                                    CVFAST_ISA_TABLE(winograd_f4_block<T>)};
     const Kernel kernel =
-        (s.algorithm == ConvAlgorithm::winograd_f4 ? f4 : f2)[static_cast<int>(current_isa())];
+        kernels[static_cast<int>(s.algorithm) - 1][static_cast<int>(current_isa())];
 
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
-    const int64_t tiles = tile_count(s, s.algorithm);
+    const int64_t tiles = tile_count(s);
     const int64_t pixels = task % plan.pixel_blocks, channels = task / plan.pixel_blocks;
     const WinogradBlock block{pixels * plan.tiles, std::min(tiles, (pixels + 1) * plan.tiles),
                               channels * panels / plan.channel_blocks,

@@ -5,6 +5,18 @@
 
 namespace cvfast {
 
+// Outputs of a tile.
+struct WinogradTile {
+    int64_t height, width;
+    int64_t taps() const { return (height + 2) * (width + 2); }
+};
+
+inline WinogradTile winograd_tile(ConvAlgorithm algorithm) {
+    const int64_t height = algorithm == ConvAlgorithm::winograd_f4 ? 4 : 2;
+    const int64_t width = algorithm == ConvAlgorithm::winograd_f2 ? 2 : 4;
+    return {height, width};
+}
+
 ConvPlan winograd_plan(const ConvShape& shape, int threads);
 
 // Task `task` of plan.pixel_blocks * plan.channel_blocks.

@@ -228,11 +228,11 @@ def bytes_moved(
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
-ALGORITHMS = ("direct", "winograd_f2", "winograd_f4")
+ALGORITHMS = ("direct", "winograd_f2", "winograd_f2x4", "winograd_f4")
 
 _PANEL = 16  # kConvPanel of csrc/cpu/conv.h
 
-# The transforms G of 3-tap kernels, u = G g; the rest of each algorithm is in
+# The transforms G of 3-tap kernels, u = G g, for two and four outputs; the rest of each is in
 # csrc/cpu/winograd_kernel.h. Winograd, 1980; Lavin and Gray, 2016.
 _HALF = Fraction(1, 2)
 _F2 = ((1, 0, 0), (_HALF, _HALF, _HALF), (_HALF, -_HALF, _HALF), (0, 0, 1))
@@ -249,7 +249,12 @@ def _toom_cook(points: Sequence[Fraction]) -> tuple[tuple[Fraction | int, ...], 
 
 _A, _B = Fraction(5, 8), Fraction(3, 2)
 _F4 = _toom_cook((Fraction(0), _A, -_A, _B, -_B))
-_KERNEL_TRANSFORMS = {"winograd_f2": _F2, "winograd_f4": _F4}
+# Along a kernel's columns and along its rows.
+_KERNEL_TRANSFORMS = {
+    "winograd_f2": (_F2, _F2),
+    "winograd_f2x4": (_F2, _F4),
+    "winograd_f4": (_F4, _F4),
+}
 
 _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define(
@@ -361,9 +366,9 @@ def prepack(
 
     Returns:
         float32 [ceil(K / 16), T*C + 1, 16]: panels of 16 output channels, rows by tap and input
-        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2) or 36 (F4). Direct
-        for bfloat16: int32 [ceil(K / 16), T*ceil(C / 2) + 1, 16], each word two channels' weights,
-        the bias as float32.
+        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2), 24 (F2x4) or 36
+        (F4). Direct for bfloat16: int32 [ceil(K / 16), T*ceil(C / 2) + 1, 16], each word two
+        channels' weights, the bias as float32.
 
     Raises:
         ValueError: for an unknown algorithm, a shape that it does not take, weights that are not
@@ -386,9 +391,15 @@ def prepack(
                 f"conv.prepack: weight holds NaN or infinity, which {algorithm} would spread over "
                 "its taps; use algorithm='direct'"
             )
-        rows = [[float(v) for v in row] for row in _KERNEL_TRANSFORMS[algorithm]]
-        g = torch.tensor(rows, dtype=torch.float64, device=weight.device)
-        taps = (g @ weight.double() @ g.T).to(torch.float32)
+        down, across = (
+            torch.tensor(
+                [[float(v) for v in row] for row in transform],
+                dtype=torch.float64,
+                device=weight.device,
+            )
+            for transform in _KERNEL_TRANSFORMS[algorithm]
+        )
+        taps = (down @ weight.double() @ across.T).to(torch.float32)
     k = weight.shape[0]
     words = taps.permute(0, 2, 3, 1)
     last = taps.new_zeros(k) if bias is None else bias.detach().to(torch.float32)
@@ -402,17 +413,12 @@ def prepack(
     return matrix.reshape(-1, _PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
 
 
-# In multiply-adds, what it costs to carry one element through a transform, and to read one
-# transformed weight; fitted to layers of ResNet-18, U-Net and DenseNet-121 on one core of Zen 5.
+# In multiply-adds, what it costs to carry one element through a transform, and to read one word of
+# weights from memory; fitted to layers of ResNet-18 and ResNet-50 on Zen 5. A word costs 7 where
+# one thread reads and 12 where two share the memory: the choice must not depend on threads, for
+# results must not.
 _TRANSFORM_COST = 6.0
-_WEIGHT_COST = 7.0
-
-
-def _multiply_cost(dtype: torch.dtype) -> float:
-    """Of the direct algorithm's multiply-adds, in float32's."""
-    if dtype != torch.bfloat16:
-        return 1.0
-    return 0.5 if extension.cpu_isa() == "avx512_bf16" else 1.0
+_WEIGHT_COST = 12.0
 
 
 def choose_algorithm(
@@ -428,9 +434,10 @@ def choose_algorithm(
     """The fastest of ``ALGORITHMS``: the one of the least estimated time.
 
     Counted are the multiply-adds of the products, and the elements that the transforms read and
-    write; a tile that reaches beyond the image costs as much as one within. ``winograd_f4``, whose
-    error is larger, is considered only where allowed. ``dtype`` is the images': the direct
-    algorithm multiplies bfloat16 at twice the rate where the processor has its dot product.
+    write, and the weights; a tile that reaches beyond the image costs as much as one within.
+    ``winograd_f4``, whose error is larger, is considered only where allowed. ``dtype`` is the
+    images': the direct algorithm reads bfloat16 weights in pairs, and multiplies them so where the
+    processor has the dot product.
     """
     few_channels = weight_shape[1] < _PANEL  # a block of transformed channels would be half empty
     if few_channels or not winograd_serves(weight_shape[2:], stride, dilation):
@@ -438,12 +445,18 @@ def choose_algorithm(
     n, c = x_shape[:2]
     k = weight_shape[0]
     _, _, p, q = _output_shape(x_shape, k, (3, 3), stride, padding, dilation)
-    costs = {"direct": n * p * q * 9 * c * k * _multiply_cost(dtype)}
-    for algorithm, out in (("winograd_f2", 2), ("winograd_f4", 4)):
+    products, words = 9.0 * n * p * q * c * k, 9.0 * c * k
+    if dtype == torch.bfloat16:
+        words /= 2
+        if extension.cpu_isa() == "avx512_bf16":
+            products /= 2
+    costs = {"direct": products + _WEIGHT_COST * words}
+    for algorithm, transforms in _KERNEL_TRANSFORMS.items():
         if algorithm == "winograd_f4" and not allow_f4:
             continue
-        tiles, taps = n * -(-p // out) * -(-q // out), (out + 2) ** 2
-        costs[algorithm] = taps * (
+        down, across = (len(transform) for transform in transforms)
+        tiles = n * -(-p // (down - 2)) * -(-q // (across - 2))
+        costs[algorithm] = (down * across) * (
             tiles * (c * k + _TRANSFORM_COST * (c + k)) + _WEIGHT_COST * c * k
         )
     return min(costs, key=costs.__getitem__)

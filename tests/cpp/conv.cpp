@@ -1,4 +1,4 @@
-#include "cpu/conv.h"
+#include "cpu/winograd.h"
 
 #include <bit>
 
@@ -9,9 +9,10 @@ namespace {
 
 using Matrix = std::vector<std::vector<double>>;
 
-// G of the kernel's transform G g G^T, for the points that winograd_kernel.h names.
-Matrix kernel_transform(ConvAlgorithm algorithm) {
-    if (algorithm == ConvAlgorithm::winograd_f2) {
+// G of the transform of 3 taps for `out` outputs, 2 or 4, at the points that winograd_kernel.h
+// names.
+Matrix kernel_transform(int64_t out) {
+    if (out == 2) {
         return {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
     }
     const double a = 0.625, b = 1.5, aa = a * a, bb = b * b;
@@ -42,19 +43,17 @@ bool multiplies_pairs(const ConvShape& s) {
 template <class T>
 std::vector<float> pack(const Weights& w) {
     const ConvShape& s = w.s;
-    Matrix g;
-    int64_t taps = s.kernel_h * s.kernel_w, side = 0;
-    if (s.algorithm != ConvAlgorithm::direct) {
-        g = kernel_transform(s.algorithm);
-        side = static_cast<int64_t>(g.size());
-        taps = side * side;
-    }
+    const bool direct = s.algorithm == ConvAlgorithm::direct;
+    const WinogradTile tile = winograd_tile(s.algorithm);
+    const int64_t taps = direct ? s.kernel_h * s.kernel_w : tile.taps();
+    const Matrix down = kernel_transform(tile.height), across = kernel_transform(tile.width);
     const auto entry = [&](int64_t o, int64_t tap, int64_t c) {
-        if (side == 0) return w.at(o, tap, c);
+        if (direct) return w.at(o, tap, c);
+        const int64_t side = tile.width + 2;
         double sum = 0;
         for (int64_t r = 0; r < 3; ++r) {
             for (int64_t k = 0; k < 3; ++k) {
-                sum += g[tap / side][r] * g[tap % side][k] * w.at(o, 3 * r + k, c);
+                sum += down[tap / side][r] * across[tap % side][k] * w.at(o, 3 * r + k, c);
             }
         }
         return sum;
@@ -91,7 +90,7 @@ void check(Test& test) {
     s.kernel_h = random.in(1, 5), s.kernel_w = random.in(1, 5);
     s.stride_h = random.in(1, 3), s.stride_w = random.in(1, 3);
     s.dilation_h = random.one_in(3) ? 2 : 1, s.dilation_w = random.one_in(3) ? 2 : 1;
-    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, 2));
+    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, 3));
     if (s.algorithm != ConvAlgorithm::direct) {
         s.kernel_h = s.kernel_w = 3;
         s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
@@ -148,7 +147,7 @@ void check(Test& test) {
     const ConvOperands<T> o{planar ? planes.data() : x.data(), two ? x2.data() : nullptr,
                             packed.data(), random.one_in(2) ? residual.data() : nullptr,
                             out.data()};
-    constexpr const char* kNames[] = {"direct", "F2", "F4"};
+    constexpr const char* kNames[] = {"direct", "F2", "F2x4", "F4"};
     test.describe(text(kNames[static_cast<int>(s.algorithm)], ", batch ", s.batch, ", ", s.height,
                        "x", s.width, " to ", s.out_height, "x", s.out_width, ", channels ",
                        s.x_channels, "+", s.in_channels - s.x_channels, " to ", s.out_channels,
@@ -177,7 +176,7 @@ void check(Test& test) {
     // A transform mixes the pixels of a tile, and so their errors.
     double roundings = 16;
     if (s.algorithm != ConvAlgorithm::direct) {
-        roundings = s.algorithm == ConvAlgorithm::winograd_f2 ? 16 : 64;
+        roundings = s.algorithm == ConvAlgorithm::winograd_f4 ? 64 : 16;
         double most = 0;
         for (const Sum& sum : sums) {
             if (std::isfinite(sum.magnitude)) most = std::max(most, sum.magnitude);
