@@ -91,7 +91,10 @@ def _bounds(first: Bandable, second: Bandable) -> list[int]:
     if _window(first) is None or window is None or window.stride == 1 or size < LEAST_BYTES:
         return []
     # Even numbers of rows: Winograd's tiles take four rows of the source.
-    count, pairs = -(-size // BAND_BYTES), rows // 2
+    pairs = rows // 2
+    count = min(-(-size // BAND_BYTES), pairs)
+    if count < 2:
+        return []
     bounds = [2 * (i * pairs // count) for i in range(count)] + [rows]
     advance = min(end - begin for begin, end in pairwise(bounds)) * window.stride - window.padding
     shared = window.size - window.stride  # rows that move to the front of the buffer, in one piece

@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cvfast.ops import conv, depthwise, elementwise, inverted_residual, pointwise, pool
+from cvfast.ops import conv, depthwise, elementwise, inverted_residual, layout, pointwise, pool
 
 # These define the operators.
-__all__ = ["conv", "depthwise", "elementwise", "inverted_residual", "pointwise", "pool"]
+__all__ = [
+    "conv",
+    "depthwise",
+    "elementwise",
+    "inverted_residual",
+    "layout",
+    "pointwise",
+    "pool",
+]
 
 ops = torch.ops.cvfast
 

@@ -193,6 +193,14 @@ def test_an_image_that_is_needed_whole_is_not_cut() -> None:
     assert len(Plan(hand_out(graph), 1).graph.nodes) == 2  # handed out
 
 
+def test_bands_have_two_rows_at_least() -> None:
+    got, plan = run(pair("direct", "pool_2x2", 16, 80), 2)  # four pairs of rows, of 10 KB each
+    expected, _ = without_bands(pair("direct", "pool_2x2", 16, 80))
+    pools = [node for node in plan.graph.nodes if isinstance(node, Pool)]
+    assert [pool.out.shape[2] for pool in pools] == [2, 2, 2, 2]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_the_memory_between_is_that_of_a_band() -> None:
     graph = pair("direct", "pool_2x2", 256, 16)
     middle = graph.nodes[0].out
