@@ -13,8 +13,10 @@
 namespace cvfast {
 namespace {
 
-// Input rows of a block: they stay in L2 beside the weights of a register tile.
+// Input rows of a block: they stay in L2 beside the weights of a register tile. Weights that are
+// more than this many bytes come from further away for every block, which had better be large then.
 const int64_t kPackedBytes = l2_bytes() / 4;
+const int64_t kManyWeights = l2_bytes() * 8;
 // Columns of a block at least, where rows are longer than that.
 constexpr int64_t kMinColumns = 56;
 
@@ -60,26 +62,28 @@ template <class T>
 ConvPlan direct_plan(const ConvShape& s, int threads) {
     ConvPlan plan{};
     plan.threads = threads;
+    const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
+    const double weights = taps * double(s.out_channels) * sizeof(float);
+    const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : kPackedBytes;
     plan.images = 1;
     plan.columns = s.out_width;
-    while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns) > kPackedBytes) {
+    while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns) > most_packed) {
         plan.columns = ceil_div(plan.columns, 2);
     }
     const int64_t column_blocks = ceil_div(s.out_width, plan.columns);
     const int64_t one = packed_bytes<T>(s, 1, plan.columns);
     const int64_t all = packed_bytes<T>(s, s.out_height, plan.columns);
     int64_t least_blocks = 1, most_images = 1;
-    if (all > kPackedBytes) {
+    if (all > most_packed) {
         const int64_t more = s.out_height == 1 ? 1 : (all - one) / (s.out_height - 1);
-        const int64_t rows = std::max<int64_t>(1, 1 + (kPackedBytes - one) / more);
+        const int64_t rows = std::max<int64_t>(1, 1 + (most_packed - one) / more);
         least_blocks = ceil_div(s.out_height, rows);
     } else if (column_blocks == 1) {
-        most_images = std::clamp(kPackedBytes / all, int64_t{1}, s.batch);
+        most_images = std::clamp(most_packed / all, int64_t{1}, s.batch);
     }
 
     // Of the ways to share out pixels and channels, the one whose slowest thread has least to do.
     const int64_t panels = ceil_div(s.out_channels, kConvPanel);
-    const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     double least = std::numeric_limits<double>::infinity();
     for (int64_t channel_blocks = 1; channel_blocks <= std::min<int64_t>(threads, panels);
          ++channel_blocks) {
