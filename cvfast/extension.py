@@ -22,6 +22,7 @@ _library.define("cpu_isa() -> str")
 _library.define("cpu_isa_levels() -> str")
 _library.define("cpu_select_isa(str level) -> ()")
 _library.define("cpu_l2_bytes() -> int")
+_library.define("cpu_l3_bytes() -> int")
 
 
 @dataclass(frozen=True)
@@ -145,3 +146,9 @@ def selected_cpu_isa() -> str | None:
 def cpu_l2_bytes() -> int:
     """Bytes of the L2 cache that the CPU kernels cut their work for; needs the cpu extension."""
     return torch.ops.cvfast.cpu_l2_bytes()
+
+
+def cpu_l3_bytes() -> int:
+    """Bytes of the L3 cache that plans are divided for; needs the cpu extension. Those of L2 where
+    the system lists no L3."""
+    return torch.ops.cvfast.cpu_l3_bytes()

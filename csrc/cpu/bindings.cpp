@@ -55,4 +55,5 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa_levels", TORCH_BOX(&cvfast::cpu_isa_levels));
     m.impl("cpu_select_isa", TORCH_BOX(&cvfast::cpu_select_isa));
     m.impl("cpu_l2_bytes", TORCH_BOX(&cvfast::l2_bytes));
+    m.impl("cpu_l3_bytes", TORCH_BOX(&cvfast::l3_bytes));
 }

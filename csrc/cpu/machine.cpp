@@ -17,8 +17,8 @@ int64_t l2_of_libc() {
 #endif
 }
 
-// As Linux lists it.
-int64_t l2_of_sysfs() {
+// As Linux lists the cache of this level; 0 if it lists none.
+int64_t listed(int wanted) {
     for (int index = 0;; ++index) {
         const std::string cache =
             "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
@@ -26,7 +26,7 @@ int64_t l2_of_sysfs() {
         int level = 0;
         int64_t kilobytes = 0;
         if (!(level_file >> level)) return 0;
-        if (level == 2 && size_file >> kilobytes) return kilobytes * 1024;
+        if (level == wanted && size_file >> kilobytes) return kilobytes * 1024;
     }
 }
 
@@ -35,8 +35,16 @@ int64_t l2_of_sysfs() {
 int64_t l2_bytes() {
     static const int64_t bytes = [] {
         if (const int64_t found = l2_of_libc(); found > 0) return found;
-        if (const int64_t found = l2_of_sysfs(); found > 0) return found;
+        if (const int64_t found = listed(2); found > 0) return found;
         return int64_t{1} << 20;
+    }();
+    return bytes;
+}
+
+int64_t l3_bytes() {
+    static const int64_t bytes = [] {
+        const int64_t found = listed(3);
+        return found > 0 ? found : l2_bytes();
     }();
     return bytes;
 }

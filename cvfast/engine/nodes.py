@@ -141,9 +141,13 @@ class Node(ABC):
 
     def bytes(self) -> int:
         """Least traffic: every image read or written, and every constant, once."""
+        images = {*self.reads(), *self.writes()}
+        return self.constant_bytes() + sum(image.bytes for image in images)
+
+    def constant_bytes(self) -> int:
+        """Of weights and the like."""
         values = pytree.tree_leaves([getattr(self, f.name) for f in fields(self)])
-        constants = sum(v.nbytes for v in values if isinstance(v, Tensor))
-        return constants + sum(image.bytes for image in {*self.reads(), *self.writes()})
+        return sum(v.nbytes for v in values if isinstance(v, Tensor))
 
     def bytes_copied(self) -> int:
         """Bytes written that were in memory already."""

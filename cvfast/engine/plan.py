@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from cvfast import extension
 
-from . import bands, memory
+from . import bands, memory, stages
 from .nodes import Graph, Image, describe
+from .stages import Group, Stage
 
 ops = torch.ops.cvfast
 
@@ -37,7 +39,8 @@ for _schema in (
 class ArenaPlan(ABC):
     """``graph``, its images placed in one arena.
 
-    ``bytes_copied`` is what is copied for want of a better place.
+    ``bytes_copied`` is what is copied for want of a better place; ``stages`` say which steps run
+    for a few images of the batch at a time.
     """
 
     def __init__(self, graph: Graph, alignment: int) -> None:
@@ -45,7 +48,11 @@ class ArenaPlan(ABC):
         bands.cut(graph)
         memory.overwrite(graph)
         self.graph = graph
-        self.lives = memory.lifetimes(graph)
+        self.stages = self._stages()
+        lives = memory.lifetimes(graph)
+        # In the arena these hold the images of one group, and of one after the other.
+        self._of_group = {v.image for v in lives if any(s.holds(v) for s in self.stages)}
+        self.lives = stages.lifetimes(lives, self.stages)
         self.arena = memory.pack(self.lives, alignment)
         self.bytes_copied = sum(node.bytes_copied() for node in graph.nodes)
 
@@ -58,6 +65,9 @@ class ArenaPlan(ABC):
     def least_arena_bytes(self) -> int:
         """The bound that no arena can go below."""
         return memory.lower_bound(self.lives)
+
+    def _stages(self) -> list[Stage]:
+        return [Stage(0, len(self.graph.nodes))]
 
     @abstractmethod
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -98,36 +108,42 @@ class Plan(ArenaPlan):
         self._id = self._record()
         weakref.finalize(self, _delete, self._id)
 
+    def _stages(self) -> list[Stage]:
+        return stages.choose(self.graph)
+
     def _record(self) -> int:
         arena = self.arena
         # Written to by none: pages that are not touched take no memory.
         base = torch.empty(max(1, arena.bytes), dtype=torch.uint8)
         externals = [_stand_in(image) for image in (*self.graph.inputs, *self.graph.outputs)]
 
-        def tensor(image: Image) -> Tensor:
+        def tensor(image: Image, group: Group) -> Tensor:
             root = image.root()[0]
+            images, strides = group.images(image.shape[0]), image.memory_strides()
             if root.external is not None:
                 whole = externals[root.external]
             else:
-                begin = arena.offsets[root]
-                whole = base[begin : begin + root.bytes].view(root.dtype)
+                whole = base[arena.offsets[root] :].view(root.dtype)
             first = whole.storage_offset() + image.offset()
-            return whole.as_strided(image.shape, image.memory_strides(), first)
+            if root not in self._of_group:
+                first += images.start * strides[0]
+            return whole.as_strided((len(images), *image.shape[1:]), strides, first)
 
         ops.plan_record(base, externals, self.threads)
         try:
-            scratch = []
-            for step, node in enumerate(self.graph.nodes):
-                for call in node.calls(tensor):
+            sizes = [0] * len(self.graph.nodes)
+            for step, group in stages.order(self.stages):
+                for call in self.graph.nodes[step].calls(partial(tensor, group=group)):
                     call()  # appends itself
-                scratch.append(memory.scratch_lifetime(step, ops.plan_barrier()))
+                sizes[step] = max(sizes[step], ops.plan_barrier())
         except BaseException:
             ops.plan_abandon()
             raise
         # Images have their places: scratch memory, of one step each, lies in what they leave free.
+        scratch = [memory.scratch_lifetime(step, size) for step, size in enumerate(sizes)]
         self.lives = [*self.lives, *scratch]
         self.arena = memory.pack(self.lives, given=arena.offsets)
-        places = [self.arena.offsets[life.image] for life in scratch]
+        places = [self.arena.offsets[scratch[step].image] for step, _ in stages.order(self.stages)]
         number: int = ops.plan_finish(self.arena.bytes, places)
         return number
 
@@ -136,8 +152,11 @@ class Plan(ArenaPlan):
 
     def profile(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
         times = ops.plan_profile(self._id, inputs, outputs)
-        seconds = [nanoseconds * 1e-9 for nanoseconds in times]
-        return self._rows(seconds[::2], seconds[1::2])
+        seconds, waited = ([0.0] * len(self.graph.nodes) for _ in range(2))
+        for phase, (step, _) in enumerate(stages.order(self.stages)):
+            seconds[step] += times[2 * phase] * 1e-9
+            waited[step] += times[2 * phase + 1] * 1e-9
+        return self._rows(seconds, waited)
 
     def measured_bytes(self) -> int:
         """Memory that runs so far took beside weights, inputs and outputs."""

@@ -163,6 +163,12 @@ class Schedule:
             plans=len(plans),
             steps=len(steps) - torch_steps,
             torch_calls=len(self.steps) - len(plans) + torch_steps,
+            stages=tuple(
+                (stage.end - stage.begin, stage.groups)
+                for plan in plans
+                for stage in plan.stages
+                if stage.groups > 1
+            ),
             arena_bytes=sum(plan.arena_bytes for plan in plans),
             bytes_copied=sum(plan.bytes_copied for plan in plans),
         )

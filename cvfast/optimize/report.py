@@ -68,12 +68,14 @@ class Row:
 @dataclass(frozen=True)
 class Execution:
     """How one size of inputs runs on the CPU: ``plans`` of ``steps`` kernel calls in all, with
-    ``torch_calls`` operators between them that have no kernel. Bytes: of the arenas, and what is
-    copied for want of a better place in one run."""
+    ``torch_calls`` operators between them that have no kernel. ``stages``: of each part of the
+    plans that runs for groups of the batch's images, one after the other, its steps and the number
+    of groups. Bytes: of the arenas, and what is copied for want of a better place in one run."""
 
     plans: int
     steps: int
     torch_calls: int
+    stages: tuple[tuple[int, int], ...]
     arena_bytes: int
     bytes_copied: int
 
@@ -81,8 +83,12 @@ class Execution:
         def count(number: int, name: str) -> str:
             return f"{number} {name}{'' if number == 1 else 's'}"
 
+        groups = ", ".join(
+            f"{steps} in {count(number, 'group')} of images" for steps, number in self.stages
+        )
         return (
-            f"{count(self.plans, 'plan')} of {count(self.steps, 'step')}, "
+            f"{count(self.plans, 'plan')} of {count(self.steps, 'step')}"
+            f"{f' ({groups})' if groups else ''}, "
             f"{count(self.torch_calls, 'call')} of torch; arena {self.arena_bytes / 1e6:.1f} MB, "
             f"{self.bytes_copied} bytes copied"
         )
