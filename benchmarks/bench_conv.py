@@ -35,7 +35,7 @@ from cvfast.ops.conv import (
     conv_onednn,
     flops,
     prepack,
-    winograd_serves,
+    serves,
 )
 from cvfast.perf import environment, timing
 from cvfast.perf.roofline import peak_flops
@@ -136,10 +136,7 @@ def contenders(
     onednn = OneDnnWeight(weight, x.shape, **layer.geometry, groups=1)
     calls = {CVFAST: ours(chosen)}
     for algorithm in ALGORITHMS:
-        served = algorithm == "direct" or winograd_serves(
-            layer.kernel, layer.stride, layer.dilation
-        )
-        if algorithm != chosen and served:
+        if algorithm != chosen and serves(algorithm, layer.kernel, layer.stride, layer.dilation):
             calls[algorithm] = ours(algorithm)
     calls["onednn"] = lambda: conv_onednn(x, onednn, bias, None, "relu")
     calls["eager_nhwc"] = lambda: conv(x, weight, bias, **layer.geometry, activation=RELU)

@@ -5,6 +5,7 @@
 
 #include "cpu/machine.h"
 #include "cpu/winograd.h"
+#include "cpu/winograd_1d.h"
 
 #define CVFAST_KERNEL_SOURCE "cpu/conv_kernel.h"
 #define CVFAST_KERNEL_BF16_DOT
@@ -45,7 +46,8 @@ int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns) {
 // A kernel of one row as one of one column, and the images with it: taps beyond the image are left
 // out by the row of outputs.
 ConvShape upright(ConvShape s) {
-    if (s.kernel_h > 1 || s.kernel_w == 1 || s.in_channels < 16) return s;
+    if (s.kernel_h > 1 || s.kernel_w == 1) return s;
+    if (s.algorithm == ConvAlgorithm::direct && has_few_channels(s)) return s;
     std::swap(s.height, s.width);
     std::swap(s.out_height, s.out_width);
     std::swap(s.kernel_h, s.kernel_w);
@@ -143,18 +145,31 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
 template <class T>
 ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads) {
     threads = useful_threads<T>(s, threads);
-    return s.algorithm == ConvAlgorithm::direct ? direct_plan<T>(upright(s), threads)
-                                                : winograd_plan(s, threads);
+    switch (s.algorithm) {
+        case ConvAlgorithm::direct:
+            return direct_plan<T>(upright(s), threads);
+        case ConvAlgorithm::winograd_1d:
+            return winograd_1d_plan(upright(s), threads);
+        default:
+            return winograd_plan(s, threads);
+    }
 }
 
 template <class T>
 void run_tasks(const ConvShape& s, const ConvOperands<T>& operands, const ConvPlan& plan,
                int64_t begin, int64_t end, void* scratch) {
-    if (s.algorithm == ConvAlgorithm::direct) {
-        const ConvShape shape = upright(s);
-        for (; begin < end; ++begin) direct_task(shape, plan, operands, begin, scratch);
-    } else {
-        for (; begin < end; ++begin) winograd_task(s, plan, operands, begin, scratch);
+    const ConvShape shape = upright(s);
+    for (; begin < end; ++begin) {
+        switch (s.algorithm) {
+            case ConvAlgorithm::direct:
+                direct_task(shape, plan, operands, begin, scratch);
+                break;
+            case ConvAlgorithm::winograd_1d:
+                winograd_1d_task(shape, plan, operands, begin, scratch);
+                break;
+            default:
+                winograd_task(s, plan, operands, begin, scratch);
+        }
     }
 }
 

@@ -14,9 +14,16 @@ namespace cvfast {
 // Output channels per weight panel: the widest vector, so that one packing serves every level.
 inline constexpr int kConvPanel = 16;
 
-// Those of Winograd compute tiles of 2x2, 2x4 (two rows of four) and 4x4 outputs at once; they take
-// 3x3 kernels of stride and dilation 1.
-enum class ConvAlgorithm : int { direct, winograd_f2, winograd_f2x4, winograd_f4 };
+// Those of Winograd take stride and dilation 1: f2, f2x4 (two rows of four) and f4 compute tiles of
+// 2x2, 2x4 and 4x4 outputs of 3x3 kernels at once, 1d two to four outputs along a kernel of 3, 5 or
+// 7 taps in one row or column.
+enum class ConvAlgorithm : int {
+    direct,
+    winograd_f2,
+    winograd_f2x4,
+    winograd_f4,
+    winograd_1d,
+};
 
 // Elements from image to image, row to row, pixel to pixel. Channels are adjacent, but see
 // has_few_channels().
@@ -58,8 +65,8 @@ constexpr int64_t conv_words(int64_t channels) {
 // Weights are panels [ceil(out_channels / 16)][taps * words + 1][16] of 32-bit words, zero beyond
 // the last channel; the last row of a panel is the bias, as float. Direct: taps are the kernel's,
 // row by row, and words conv_words(in_channels), floats or pairs of BFloat16. Winograd: taps are
-// the 16 (F2), 24 (F2x4) or 36 (F4) entries of the transformed kernel, and words floats, one per
-// channel.
+// the 16 (F2), 24 (F2x4) or 36 (F4) entries of the transformed kernel, or the 6 of each group of
+// its taps, group within entry (1d; see winograd_1d_kernel.h), and words floats, one per channel.
 template <class T>
 struct ConvOperands {
     const T* x;
@@ -75,6 +82,7 @@ struct ConvPlan : Cut {
     int64_t pixel_blocks, channel_blocks;
     int64_t images, row_blocks, columns;  // direct: a pixel block's images and columns at most
     int64_t tiles;                        // Winograd: of one pixel block at most
+    int64_t lines;                        // Winograd along an axis: the same
 };
 
 template <class T>

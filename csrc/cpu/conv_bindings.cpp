@@ -2,6 +2,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/winograd.h"
+#include "cpu/winograd_1d.h"
 
 namespace cvfast {
 namespace {
@@ -23,6 +24,10 @@ std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& x, con
     if (pairs ? packed_as(ScalarType::Int, taps * conv_words<BFloat16>(s.in_channels))
               : packed_as(ScalarType::Float, taps * s.in_channels)) {
         return direct;
+    }
+    if (winograd_1d_serves(s) &&
+        packed_as(ScalarType::Float, winograd_1d_entries(taps) * s.in_channels)) {
+        return winograd_1d;
     }
     const bool winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 &&
                           s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;

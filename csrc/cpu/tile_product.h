@@ -33,7 +33,7 @@ struct TileProduct {
 // What becomes of the sums: activation(sum + bias + residual).
 template <class T>
 struct TileResult {
-    const float* bias;     // of the first panel; null: the sums are stored as they are
+    const float* bias;     // of the first panel, or null
     const T* residual[2];  // of each group, or null
     int64_t residual_pixel;
     T* out[2];
@@ -94,18 +94,18 @@ CVFAST_INLINE void finish_tile(Vec (&sums)[kGroups * kPixels][V], int64_t panel,
         CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
             CVFAST_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = add(sums[r][v], bias[v]);
         }
-        if (t.residual[0] != nullptr) {
-            CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
-                const T* residual = t.residual[r / kPixels] + r % kPixels * t.residual_pixel;
-                CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-                    const T* p = residual + v * kLanes;
-                    const int n = lanes(v);
-                    sums[r][v] = add(sums[r][v], n == kLanes ? load(p) : load_n(p, n));
-                }
+    }
+    if (t.residual[0] != nullptr) {
+        CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+            const T* residual = t.residual[r / kPixels] + r % kPixels * t.residual_pixel;
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                const T* p = residual + v * kLanes;
+                const int n = lanes(v);
+                sums[r][v] = add(sums[r][v], n == kLanes ? load(p) : load_n(p, n));
             }
         }
-        activate_all(sums, t.activation);
     }
+    activate_all(sums, t.activation);
     CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
         T* out = t.out[r / kPixels] + r % kPixels * t.out_pixel;
         CVFAST_UNROLL for (int v = 0; v < V; ++v) {

@@ -11,7 +11,17 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from .nodes import Conv, Copy, Depthwise, Graph, Image, InvertedResidual, Node, Pointwise, Pool
+from .nodes import (
+    Conv,
+    Depthwise,
+    Graph,
+    Image,
+    InvertedResidual,
+    KeptRows,
+    Node,
+    Pointwise,
+    Pool,
+)
 
 BAND_BYTES = 1 << 20
 """Of one image, about: what a core's L2 holds. Smaller bands would leave threads less to share."""
@@ -114,7 +124,7 @@ def _in_turns(first: Bandable, second: Bandable, bounds: list[int]) -> list[Node
         kept = before[1] - begin
         if kept > 0:
             source = buffer.rows(begin - before[0], before[1] - before[0])
-            nodes.append(Copy(buffer.rows(0, kept), source, name=first.name))
+            nodes.append(KeptRows(buffer.rows(0, kept), source, name=first.name))
         kept = max(0, kept)
         nodes.append(_band(first, begin + kept, end, buffer.rows(kept, end - begin)))
         source = buffer.rows(0, end - begin)

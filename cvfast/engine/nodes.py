@@ -150,7 +150,11 @@ class Node(ABC):
         return sum(v.nbytes for v in values if isinstance(v, Tensor))
 
     def bytes_copied(self) -> int:
-        """Bytes written that were in memory already."""
+        """Bytes written that were in memory already, for want of a better place."""
+        return 0
+
+    def bytes_kept(self) -> int:
+        """Bytes moved from one band of rows to the next, which reads them too."""
         return 0
 
     @abstractmethod
@@ -359,6 +363,17 @@ class Copy(Node):
 
     def calls(self, tensor: Tensors) -> list[Call]:
         return [self._call("copy_layout", tensor(self.x), out=tensor(self.out))]
+
+
+@dataclass(eq=False)
+class KeptRows(Copy):
+    """Rows that two bands read, from the end of one to the front of the next."""
+
+    def bytes_copied(self) -> int:
+        return 0
+
+    def bytes_kept(self) -> int:
+        return self.out.bytes
 
 
 @dataclass(eq=False)

@@ -39,7 +39,8 @@ for _schema in (
 class ArenaPlan(ABC):
     """``graph``, its images placed in one arena.
 
-    ``bytes_copied`` is what is copied for want of a better place; ``stages`` say which steps run
+    ``bytes_copied`` is what is copied for want of a better place, ``bytes_kept`` what is moved from
+    one band of rows to the next, which reads it too; ``stages`` say which steps run
     for a few images of the batch at a time.
     """
 
@@ -55,6 +56,7 @@ class ArenaPlan(ABC):
         self.lives = stages.lifetimes(lives, self.stages)
         self.arena = memory.pack(self.lives, alignment)
         self.bytes_copied = sum(node.bytes_copied() for node in graph.nodes)
+        self.bytes_kept = sum(node.bytes_kept() for node in graph.nodes)
 
     @property
     def arena_bytes(self) -> int:

@@ -228,33 +228,40 @@ def bytes_moved(
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
-ALGORITHMS = ("direct", "winograd_f2", "winograd_f2x4", "winograd_f4")
+ALGORITHMS = ("direct", "winograd_f2", "winograd_f2x4", "winograd_f4", "winograd_1d")
 
 _PANEL = 16  # kConvPanel of csrc/cpu/conv.h
 
-# The transforms G of 3-tap kernels, u = G g, for two and four outputs; the rest of each is in
-# csrc/cpu/winograd_kernel.h. Winograd, 1980; Lavin and Gray, 2016.
+# The transforms G of a kernel's taps, u = G g; the rest of each is in csrc/cpu/winograd_kernel.h.
+# Winograd, 1980; Lavin and Gray, 2016.
 _HALF = Fraction(1, 2)
 _F2 = ((1, 0, 0), (_HALF, _HALF, _HALF), (_HALF, -_HALF, _HALF), (0, 0, 1))
 
 
-def _toom_cook(points: Sequence[Fraction]) -> tuple[tuple[Fraction | int, ...], ...]:
-    """G for these interpolation points and infinity."""
-    rows: list[tuple[Fraction | int, ...]] = []
-    for i, p in enumerate(points):
-        scale = prod((p - q for j, q in enumerate(points) if j != i), start=Fraction(1))
-        rows.append((1 / scale, p / scale, p * p / scale))
-    return (*rows, (0, 0, 1))
-
-
 _A, _B = Fraction(5, 8), Fraction(3, 2)
-_F4 = _toom_cook((Fraction(0), _A, -_A, _B, -_B))
+_POINTS = (Fraction(0), _A, -_A, _B, -_B)  # and infinity
+
+
+def _toom_cook(taps: int) -> tuple[tuple[Fraction | int, ...], ...]:
+    """G of so many taps for `_POINTS` and infinity."""
+    rows: list[tuple[Fraction | int, ...]] = []
+    for i, p in enumerate(_POINTS):
+        scale = prod((p - q for j, q in enumerate(_POINTS) if j != i), start=Fraction(1))
+        rows.append(tuple(p**power / scale for power in range(taps)))
+    return (*rows, (*(0,) * (taps - 1), 1))
+
+
+_F4 = _toom_cook(3)
 # Along a kernel's columns and along its rows.
 _KERNEL_TRANSFORMS = {
     "winograd_f2": (_F2, _F2),
     "winograd_f2x4": (_F2, _F4),
     "winograd_f4": (_F4, _F4),
 }
+
+# Outputs of a tile of winograd_1d, by the taps of the kernel: six points give as many outputs and
+# taps as make seven. Seven taps are two groups, three apart; see csrc/cpu/winograd_1d_kernel.h.
+_LINE_OUTPUTS = {3: 4, 5: 2, 7: 3}
 
 _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define(
@@ -341,11 +348,18 @@ def _cpu_check(x: Tensor) -> Reason | None:
     return None if planes else backends.wrong_layout(x)
 
 
-def winograd_serves(
-    kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+def serves(
+    algorithm: str, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> bool:
-    """Whether Winograd's algorithms take this convolution: 3 x 3, stride and dilation 1."""
-    return tuple(kernel_size) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1)
+    """Whether one of ``ALGORITHMS`` takes this convolution. Those of Winograd want stride and
+    dilation 1, and 3 x 3 kernels; ``winograd_1d`` those of 3, 5 or 7 taps in one row or column."""
+    if algorithm == "direct":
+        return True
+    if algorithm == "winograd_1d":
+        fits = min(kernel_size) == 1 and max(kernel_size) in _LINE_OUTPUTS
+    else:
+        fits = tuple(kernel_size) == (3, 3)
+    return fits and tuple(stride) == tuple(dilation) == (1, 1)
 
 
 def prepack(
@@ -366,9 +380,9 @@ def prepack(
 
     Returns:
         float32 [ceil(K / 16), T*C + 1, 16]: panels of 16 output channels, rows by tap and input
-        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2), 24 (F2x4) or 36
-        (F4). Direct for bfloat16: int32 [ceil(K / 16), T*ceil(C / 2) + 1, 16], each word two
-        channels' weights, the bias as float32.
+        channel, the bias last, zeros beyond the last channel. T is R*S, 16 (F2), 24 (F2x4), 36
+        (F4) or, along a line of 3, 5 or 7 taps, 6, 6 or 12. Direct for bfloat16: int32
+        [ceil(K / 16), T*ceil(C / 2) + 1, 16], each word two channels' weights, the bias as float32.
 
     Raises:
         ValueError: for an unknown algorithm, a shape that it does not take, weights that are not
@@ -391,15 +405,12 @@ def prepack(
                 f"conv.prepack: weight holds NaN or infinity, which {algorithm} would spread over "
                 "its taps; use algorithm='direct'"
             )
-        down, across = (
-            torch.tensor(
-                [[float(v) for v in row] for row in transform],
-                dtype=torch.float64,
-                device=weight.device,
-            )
-            for transform in _KERNEL_TRANSFORMS[algorithm]
-        )
-        taps = (down @ weight.double() @ across.T).to(torch.float32)
+        if algorithm == "winograd_1d":
+            taps = _transform_line(weight.double().flatten(2))
+        else:
+            down, across = (_matrix(g, weight.device) for g in _KERNEL_TRANSFORMS[algorithm])
+            taps = down @ weight.double() @ across.T
+        taps = taps.to(torch.float32)
     k = weight.shape[0]
     words = taps.permute(0, 2, 3, 1)
     last = taps.new_zeros(k) if bias is None else bias.detach().to(torch.float32)
@@ -411,6 +422,21 @@ def prepack(
     matrix = torch.cat([words.reshape(k, -1), last.unsqueeze(1)], dim=1)
     matrix = F.pad(matrix, (0, 0, 0, -k % _PANEL))
     return matrix.reshape(-1, _PANEL, matrix.shape[1]).transpose(1, 2).contiguous()
+
+
+def _matrix(rows: Sequence[Sequence[Fraction | int]], device: torch.device) -> Tensor:
+    values = [[float(v) for v in row] for row in rows]
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _transform_line(taps: Tensor) -> Tensor:
+    """[..., taps] in float64 to [..., 6, groups]; groups before the last have a tap less."""
+    outputs = _LINE_OUTPUTS[taps.shape[-1]]
+    length = 7 - outputs
+    *before, last = range(0, taps.shape[-1] - length + 1, outputs)
+    groups = [F.pad(taps[..., i : i + outputs], (0, length - outputs)) for i in before]
+    grouped = torch.stack([*groups, taps[..., last:]], dim=-1)
+    return _matrix(_toom_cook(length), taps.device) @ grouped
 
 
 # In multiply-adds, what it costs to carry one element through a transform, and to read one word of
@@ -439,26 +465,38 @@ def choose_algorithm(
     images': the direct algorithm reads bfloat16 weights in pairs, and multiplies them so where the
     processor has the dot product.
     """
-    few_channels = weight_shape[1] < _PANEL  # a block of transformed channels would be half empty
-    if few_channels or not winograd_serves(weight_shape[2:], stride, dilation):
+    kernel = tuple(weight_shape[2:])
+    if weight_shape[1] < _PANEL:  # a block of transformed channels would be half empty
         return "direct"
     n, c = x_shape[:2]
     k = weight_shape[0]
-    _, _, p, q = _output_shape(x_shape, k, (3, 3), stride, padding, dilation)
-    products, words = 9.0 * n * p * q * c * k, 9.0 * c * k
+    _, _, p, q = _output_shape(x_shape, k, kernel, stride, padding, dilation)
+    words = float(prod(kernel) * c * k)
+    products = n * p * q * words
     if dtype == torch.bfloat16:
         words /= 2
         if extension.cpu_isa() == "avx512_bf16":
             products /= 2
     costs = {"direct": products + _WEIGHT_COST * words}
+
+    def transformed(taps: int, tiles: int, entries: int, multiplied: int) -> float:
+        """Of ``tiles`` with ``taps`` transformed inputs, and as many weights as ``entries``."""
+        carried = taps * _TRANSFORM_COST * (c + k)
+        return tiles * (multiplied * c * k + carried) + _WEIGHT_COST * entries * c * k
+
     for algorithm, transforms in _KERNEL_TRANSFORMS.items():
         if algorithm == "winograd_f4" and not allow_f4:
             continue
-        down, across = (len(transform) for transform in transforms)
-        tiles = n * -(-p // (down - 2)) * -(-q // (across - 2))
-        costs[algorithm] = (down * across) * (
-            tiles * (c * k + _TRANSFORM_COST * (c + k)) + _WEIGHT_COST * c * k
-        )
+        if serves(algorithm, kernel, stride, dilation):
+            down, across = (len(transform) for transform in transforms)
+            taps = down * across
+            tiles = n * -(-p // (down - 2)) * -(-q // (across - 2))
+            costs[algorithm] = transformed(taps, tiles, taps, taps)
+    if serves("winograd_1d", kernel, stride, dilation):
+        outputs = _LINE_OUTPUTS[max(kernel)]
+        groups = (max(kernel) - 7 + outputs) // outputs + 1
+        tiles = n * (q * -(-p // outputs) if kernel[0] > 1 else p * -(-q // outputs))
+        costs["winograd_1d"] = transformed(6, tiles, 6 * groups, 5 * groups + 1)
     return min(costs, key=costs.__getitem__)
 
 
@@ -467,9 +505,11 @@ def _check_algorithm(
 ) -> None:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"conv: unknown algorithm {algorithm!r}; expected {', '.join(ALGORITHMS)}")
-    if algorithm != "direct" and not winograd_serves(kernel_size, stride, dilation):
+    if not serves(algorithm, kernel_size, stride, dilation):
+        line = algorithm == "winograd_1d"
+        taken = "kernels of 3, 5 or 7 taps in one row or column" if line else "3x3 kernels"
         raise ValueError(
-            f"conv: {algorithm} takes 3x3 kernels of stride and dilation 1, not "
+            f"conv: {algorithm} takes {taken} of stride and dilation 1, not "
             f"{kernel_size[0]}x{kernel_size[1]} with stride {tuple(stride)} and dilation "
             f"{tuple(dilation)}; use algorithm='direct'"
         )

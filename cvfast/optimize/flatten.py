@@ -171,6 +171,7 @@ class Schedule:
             ),
             arena_bytes=sum(plan.arena_bytes for plan in plans),
             bytes_copied=sum(plan.bytes_copied for plan in plans),
+            bytes_kept=sum(plan.bytes_kept for plan in plans),
         )
 
     def profile(self, flat: Sequence[Any]) -> list[dict[str, Any]]:

@@ -70,7 +70,8 @@ class Execution:
     """How one size of inputs runs on the CPU: ``plans`` of ``steps`` kernel calls in all, with
     ``torch_calls`` operators between them that have no kernel. ``stages``: of each part of the
     plans that runs for groups of the batch's images, one after the other, its steps and the number
-    of groups. Bytes: of the arenas, and what is copied for want of a better place in one run."""
+    of groups. Bytes: of the arenas, what is copied for want of a better place in one run, and what
+    is moved from one band of rows to the next, which reads it too."""
 
     plans: int
     steps: int
@@ -78,6 +79,7 @@ class Execution:
     stages: tuple[tuple[int, int], ...]
     arena_bytes: int
     bytes_copied: int
+    bytes_kept: int = 0
 
     def __str__(self) -> str:
         def count(number: int, name: str) -> str:
@@ -91,6 +93,7 @@ class Execution:
             f"{f' ({groups})' if groups else ''}, "
             f"{count(self.torch_calls, 'call')} of torch; arena {self.arena_bytes / 1e6:.1f} MB, "
             f"{self.bytes_copied} bytes copied"
+            f"{f', {self.bytes_kept} kept from band to band' if self.bytes_kept else ''}"
         )
 
 

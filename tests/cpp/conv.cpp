@@ -2,6 +2,8 @@
 
 #include <bit>
 
+#include "cpu/winograd_1d.h"
+
 #include "check.h"
 
 namespace cvfast::check {
@@ -9,20 +11,24 @@ namespace {
 
 using Matrix = std::vector<std::vector<double>>;
 
-// G of the transform of 3 taps for `out` outputs, 2 or 4, at the points that winograd_kernel.h
-// names.
-Matrix kernel_transform(int64_t out) {
-    if (out == 2) {
-        return {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+// G of the transform of `taps` taps at the six points that winograd_kernel.h names.
+Matrix six_points(int64_t taps) {
+    const std::vector<double> points{0, 0.625, -0.625, 1.5, -1.5};
+    Matrix g;
+    for (const double p : points) {
+        double scale = 1, power = 1;
+        for (const double q : points) scale *= p == q ? 1 : p - q;
+        std::vector<double>& row = g.emplace_back();
+        for (int64_t tap = 0; tap < taps; ++tap, power *= p) row.push_back(power / scale);
     }
-    const double a = 0.625, b = 1.5, aa = a * a, bb = b * b;
-    const double at_a = 2 * aa * (aa - bb), at_b = 2 * bb * (bb - aa);
-    return {{1 / (aa * bb), 0, 0},
-            {1 / at_a, a / at_a, aa / at_a},
-            {1 / at_a, -a / at_a, aa / at_a},
-            {1 / at_b, b / at_b, bb / at_b},
-            {1 / at_b, -b / at_b, bb / at_b},
-            {0, 0, 1}};
+    g.emplace_back(taps, 0.).back() = 1;
+    return g;
+}
+
+// G of the transform of 3 taps for `out` outputs, 2 or 4.
+Matrix kernel_transform(int64_t out) {
+    if (out == 4) return six_points(3);
+    return {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 }
 
 struct Weights {
@@ -45,10 +51,22 @@ std::vector<float> pack(const Weights& w) {
     const ConvShape& s = w.s;
     const bool direct = s.algorithm == ConvAlgorithm::direct;
     const WinogradTile tile = winograd_tile(s.algorithm);
-    const int64_t taps = direct ? s.kernel_h * s.kernel_w : tile.taps();
+    const bool line = s.algorithm == ConvAlgorithm::winograd_1d;
+    const int64_t kernel = s.kernel_h * s.kernel_w;
+    const int64_t taps = direct ? kernel : line ? winograd_1d_entries(kernel) : tile.taps();
+    const int64_t outputs = winograd_1d_outputs(kernel), groups = winograd_1d_groups(kernel);
+    const Matrix along = six_points(7 - outputs);
     const Matrix down = kernel_transform(tile.height), across = kernel_transform(tile.width);
     const auto entry = [&](int64_t o, int64_t tap, int64_t c) {
         if (direct) return w.at(o, tap, c);
+        if (line) {
+            const int64_t group = tap % groups, last = group == groups - 1;
+            double sum = 0;
+            for (int64_t i = 0; i < (last ? 7 - outputs : outputs); ++i) {
+                sum += along[tap / groups][i] * w.at(o, group * outputs + i, c);
+            }
+            return sum;
+        }
         const int64_t side = tile.width + 2;
         double sum = 0;
         for (int64_t r = 0; r < 3; ++r) {
@@ -90,9 +108,13 @@ void check(Test& test) {
     s.kernel_h = random.in(1, 5), s.kernel_w = random.in(1, 5);
     s.stride_h = random.in(1, 3), s.stride_w = random.in(1, 3);
     s.dilation_h = random.one_in(3) ? 2 : 1, s.dilation_w = random.one_in(3) ? 2 : 1;
-    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, 3));
+    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, 4));
     if (s.algorithm != ConvAlgorithm::direct) {
         s.kernel_h = s.kernel_w = 3;
+        if (s.algorithm == ConvAlgorithm::winograd_1d) {
+            (random.one_in(2) ? s.kernel_h : s.kernel_w) = 1;
+            (s.kernel_h > 1 ? s.kernel_h : s.kernel_w) = 3 + 2 * random.in(0, 2);
+        }
         s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     }
     if (random.one_in(4)) s.x_channels = random.in(1, 4);  // a stem
@@ -147,7 +169,7 @@ void check(Test& test) {
     const ConvOperands<T> o{planar ? planes.data() : x.data(), two ? x2.data() : nullptr,
                             packed.data(), random.one_in(2) ? residual.data() : nullptr,
                             out.data()};
-    constexpr const char* kNames[] = {"direct", "F2", "F2x4", "F4"};
+    constexpr const char* kNames[] = {"direct", "F2", "F2x4", "F4", "1d"};
     test.describe(text(kNames[static_cast<int>(s.algorithm)], ", batch ", s.batch, ", ", s.height,
                        "x", s.width, " to ", s.out_height, "x", s.out_width, ", channels ",
                        s.x_channels, "+", s.in_channels - s.x_channels, " to ", s.out_channels,
@@ -176,7 +198,8 @@ void check(Test& test) {
     // A transform mixes the pixels of a tile, and so their errors.
     double roundings = 16;
     if (s.algorithm != ConvAlgorithm::direct) {
-        roundings = s.algorithm == ConvAlgorithm::winograd_f4 ? 64 : 16;
+        const bool six_by_six = s.algorithm == ConvAlgorithm::winograd_f4;
+        roundings = six_by_six || s.algorithm == ConvAlgorithm::winograd_1d ? 64 : 16;
         double most = 0;
         for (const Sum& sum : sums) {
             if (std::isfinite(sum.magnitude)) most = std::max(most, sum.magnitude);
