@@ -235,8 +235,9 @@ def test_problem_of_a_call() -> None:
     x3 = torch.empty(2, 24, 4, 4, device="meta").to(memory_format=torch.channels_last)
     with torch.backends.cudnn.flags(allow_tf32=False):
         found = conv.problem(
-            x, weight, None, x3, x, (3, 3), (2, 2), (0, 1, 0, 0), (1, 1), "none", out=out
-        )
+            x, torch.cat([weight, weight], 1), None, x3, x, (3, 3), (2, 2), (0, 1, 0, 0), (1, 1),
+            "none", out=out,
+        )  # fmt: skip
     assert found == replace(expected, tf32=False, residual=True, channels2=32)
 
 
