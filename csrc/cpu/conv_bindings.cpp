@@ -8,7 +8,7 @@ namespace cvfast {
 namespace {
 
 // Which algorithm weights of this shape were packed for: the number of their taps tells, and for
-// the direct one of bfloat16, whose words are pairs, the dtype.
+// those whose words are pairs, the dtype.
 std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& x, const Tensor& packed) {
     using enum ConvAlgorithm;
     constexpr int64_t kPanel = kConvPanel;
@@ -35,6 +35,11 @@ std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& x, con
     for (const ConvAlgorithm algorithm : {winograd_f2, winograd_f2x4, winograd_f4}) {
         const int64_t rows = winograd_tile(algorithm).taps() * s.in_channels;
         if (packed_as(ScalarType::Float, rows)) return algorithm;
+    }
+    const int64_t taps_and_kept = winograd_tile(winograd_f2_bf16).taps() + kWinogradKept<BFloat16>;
+    if (pairs &&
+        packed_as(ScalarType::Int, taps_and_kept * conv_words<BFloat16>(s.in_channels))) {
+        return winograd_f2_bf16;
     }
     return std::nullopt;
 }

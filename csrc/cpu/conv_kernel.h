@@ -295,7 +295,7 @@ void conv_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b
 
     const int64_t words = conv_words<T>(s.in_channels);
     const int64_t rows_of_panel = s.kernel_h * s.kernel_w * words;  // before the bias
-    TileProduct t{};
+    TileProduct<T> t{};
     t.pixel = p.pixel;
     t.panel = (rows_of_panel + 1) * kConvPanel;
     t.b_row = (p.order == RowOrder::planes ? words : 1) * kConvPanel;

@@ -68,7 +68,14 @@ CVFAST_INLINE Vec add_neighbours(Vec v) {
 CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
 }
+// As store() does, but for subnormals, which dot_pairs() takes for zero: it is seven instructions
+// shorter.
+CVFAST_INLINE void store_factors(BFloat16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(v)));
+}
 #else
+CVFAST_INLINE void store_factors(BFloat16* p, Vec v) { store(p, v); }
 CVFAST_INLINE Vec even(Vec v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16));
 }

@@ -19,7 +19,8 @@ struct TileRun {
 };
 
 // What is summed. The runs are a flat list: with one loop more around the innermost, GCC 12 keeps
-// the sums in memory.
+// the sums in memory. W: BFloat16, whose words are pairs, or another type, whose words are floats.
+template <class W>
 struct TileProduct {
     const float* a[2];  // the first pixel of each group
     int64_t pixel;      // words from pixel to pixel
@@ -58,12 +59,12 @@ inline constexpr int kTilePixels = (kVectors - kTileVectors - 1) / kTileVectors;
 // as fast, 24 and 128 rows less so.
 inline constexpr int kAhead = 64;
 
-// T: BFloat16, whose words are pairs, or another type, whose words are floats.
-template <class T, int V>
+// W: as of TileProduct.
+template <class W, int V>
 CVFAST_INLINE void accumulate(Vec (&sums)[V], Vec x, const Vec (&weights)[V]) {
     if constexpr (V > 1) opaque(x);
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-        if constexpr (std::is_same_v<T, BFloat16>) {
+        if constexpr (std::is_same_v<W, BFloat16>) {
             sums[v] = dot_pairs(x, weights[v], sums[v]);
         } else {
             sums[v] = fma(x, weights[v], sums[v]);
@@ -119,8 +120,8 @@ CVFAST_INLINE void finish_tile(Vec (&sums)[kGroups * kPixels][V], int64_t panel,
 }
 
 // kGroups times kPixels neighbouring pixels, times V vectors of channels.
-template <int kGroups, int kPixels, int V, class T>
-void tile_product(const TileProduct& t, const TileResult<T>& result) {
+template <int kGroups, int kPixels, int V, class W, class T>
+void tile_product(const TileProduct<W>& t, const TileResult<T>& result) {
     constexpr int kPointers = (kPixels + 4) / 5;
     Vec sums[kGroups * kPixels][V];
     CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
@@ -146,7 +147,7 @@ void tile_product(const TileProduct& t, const TileResult<T>& result) {
             CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
                 const int p = r % kPixels;
                 const char* word = a[r / kPixels * kPointers + p / 5] + p % 5 * pixel;
-                accumulate<T>(sums[r], broadcast_word(word), weights);
+                accumulate<W>(sums[r], broadcast_word(word), weights);
             }
             CVFAST_UNROLL for (int i = 0; i < kGroups * kPointers; ++i) {
                 a[i] += kWord;
@@ -158,8 +159,8 @@ void tile_product(const TileProduct& t, const TileResult<T>& result) {
 }
 
 // The tile of `pixels` pixels per group, one of kPixels, kPixels - 1, ... 1.
-template <int kGroups, int kPixels, int V, class T>
-CVFAST_INLINE void tile_product_of(int64_t pixels, const TileProduct& t,
+template <int kGroups, int kPixels, int V, class W, class T>
+CVFAST_INLINE void tile_product_of(int64_t pixels, const TileProduct<W>& t,
                                    const TileResult<T>& result) {
     if constexpr (kPixels == 1) {
         tile_product<kGroups, 1, V>(t, result);
@@ -171,8 +172,8 @@ CVFAST_INLINE void tile_product_of(int64_t pixels, const TileProduct& t,
 }
 
 // The tile of as many vectors as the channels fill, at most V.
-template <int kGroups, int V = kTileVectors, class T>
-void tile_product(int64_t pixels, const TileProduct& t, const TileResult<T>& result) {
+template <int kGroups, int V = kTileVectors, class W, class T>
+void tile_product(int64_t pixels, const TileProduct<W>& t, const TileResult<T>& result) {
     if constexpr (V > 1) {
         if (result.channels <= (V - 1) * kLanes) {
             return tile_product<kGroups, V - 1>(pixels, t, result);

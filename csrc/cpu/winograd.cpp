@@ -3,6 +3,7 @@
 #include <limits>
 
 #define CVFAST_KERNEL_SOURCE "cpu/winograd_kernel.h"
+#define CVFAST_KERNEL_BF16_DOT
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
@@ -54,8 +55,9 @@ ConvPlan winograd_plan(const ConvShape& s, int threads) {
     const int64_t even = ceil_div(tiles, std::max(least_blocks, ceil_div(tiles, plan.tiles)));
     plan.tiles = even < kStep ? even : std::min(tiles, ceil_div(even, kStep) * kStep);
     plan.pixel_blocks = ceil_div(tiles, plan.tiles);
+    const int64_t words = ceil_div(s.in_channels, winograd_word(s.algorithm));
     plan.scratch_bytes =
-        winograd_scratch(s.in_channels, winograd_tile(s.algorithm).taps(), plan.tiles).bytes();
+        winograd_scratch(words, winograd_tile(s.algorithm).taps(), plan.tiles).bytes();
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
@@ -68,8 +70,14 @@ void winograd_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<
     static constexpr Kernel kernels[][kIsaCount] = {CVFAST_ISA_TABLE(winograd_f2_block<T>),
                                                     CVFAST_ISA_TABLE(winograd_f2x4_block<T>),
                                                     CVFAST_ISA_TABLE(winograd_f4_block<T>)};
-    const Kernel kernel =
-        kernels[static_cast<int>(s.algorithm) - 1][static_cast<int>(current_isa())];
+    const int isa = static_cast<int>(current_isa());
+    Kernel kernel = nullptr;
+    if (s.algorithm != ConvAlgorithm::winograd_f2_bf16) {
+        kernel = kernels[static_cast<int>(s.algorithm) - 1][isa];
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        static constexpr Kernel pairs[kIsaCount] = CVFAST_ISA_TABLE(winograd_f2_bf16_block);
+        kernel = pairs[isa];
+    }
 
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
     const int64_t tiles = tile_count(s);

@@ -12,10 +12,20 @@ struct WinogradTile {
 };
 
 inline WinogradTile winograd_tile(ConvAlgorithm algorithm) {
-    const int64_t height = algorithm == ConvAlgorithm::winograd_f4 ? 4 : 2;
-    const int64_t width = algorithm == ConvAlgorithm::winograd_f2 ? 2 : 4;
-    return {height, width};
+    using enum ConvAlgorithm;
+    const bool narrow = algorithm == winograd_f2 || algorithm == winograd_f2_bf16;
+    return {algorithm == winograd_f4 ? 4 : 2, narrow ? 2 : 4};
 }
+
+// Input channels that the products take at once, as one word; see kConvWord.
+inline int64_t winograd_word(ConvAlgorithm algorithm) {
+    return algorithm == ConvAlgorithm::winograd_f2_bf16 ? 2 : 1;
+}
+
+// Taps of the kernel itself, which lie behind the transformed ones where these are rounded to pairs
+// of W: they do not give it back.
+template <class W>
+inline constexpr int64_t kWinogradKept = kConvWord<W> == 2 ? 9 : 0;
 
 ConvPlan winograd_plan(const ConvShape& shape, int threads);
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/winograd.h"
+
 #define CVFAST_KERNEL_SOURCE "cpu/winograd_1d_kernel.h"
 #include "cpu/foreach_isa.h"
 

@@ -228,7 +228,7 @@ void winograd_1d_block(const ConvShape& s, const ConvOperands<T>& o, const Winog
     }
     transform_lines(s, o, b, w.input_tap, inputs);
 
-    TileProduct t{};
+    TileProduct<float> t{};
     t.pixel = kBlock;
     t.b_row = kConvPanel;
     t.panel = (winograd_1d_entries(s.kernel_h) * s.in_channels + 1) * kConvPanel;

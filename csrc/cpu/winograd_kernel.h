@@ -7,7 +7,8 @@
 // time, so that products stay in L2 as well.
 //
 // A tile is transformed along its rows and along its columns, each by a transform of its own: R
-// works down the rows of a tile, C across its columns.
+// works down the rows of a tile, C across its columns. The products multiply words of W, as those
+// of TileProduct: floats, or pairs of BFloat16, to which transformed inputs and kernels are rounded.
 
 #include "cpu/tile_product.h"
 
@@ -22,11 +23,11 @@ struct WinogradBlock {
     int64_t panel_begin, panel_end;
 };
 
-// Scratch memory of `tiles` tiles: inputs as [tap][channel block][tile][16], products as
+// Scratch memory of `tiles` tiles: inputs as [tap][block of words][tile][16], products as
 // [tap][tile][products].
 struct WinogradScratch {
-    int64_t input_tap, product_tap;  // floats
-    int64_t inputs, products;        // floats of all taps
+    int64_t input_tap, product_tap;  // words
+    int64_t inputs, products;        // words of all taps
     int64_t runs;                    // of a tile's product, listed behind them
     int64_t bytes() const {
         return (inputs + products) * int64_t{sizeof(float)} + runs * int64_t{sizeof(TileRun)};
@@ -34,18 +35,18 @@ struct WinogradScratch {
 };
 
 // One line more than whole pages: the taps of a tile would otherwise share a set of the L1 cache.
-inline int64_t apart(int64_t floats) {
+inline int64_t apart(int64_t words) {
     constexpr int64_t kPage = 1024, kLine = 16;
-    return (floats + kPage - 1) / kPage * kPage + kLine;
+    return (words + kPage - 1) / kPage * kPage + kLine;
 }
 
-inline WinogradScratch winograd_scratch(int64_t channels, int64_t taps, int64_t tiles) {
+inline WinogradScratch winograd_scratch(int64_t words, int64_t taps, int64_t tiles) {
     WinogradScratch w;
-    w.input_tap = apart((channels + 15) / 16 * tiles * 16);
+    w.input_tap = apart((words + kBlock - 1) / kBlock * tiles * kBlock);
     w.product_tap = apart(tiles * 2 * kConvPanel);
     w.inputs = taps * w.input_tap;
     w.products = taps * w.product_tap;
-    w.runs = (channels + kBlock - 1) / kBlock;
+    w.runs = (words + kBlock - 1) / kBlock;
     return w;
 }
 #endif
@@ -175,11 +176,13 @@ CVFAST_INLINE void input_column(const T* x, int64_t row, int row_begin, int row_
     R::input(d, v);
 }
 
+CVFAST_INLINE void store_factors(float* p, Vec v) { store(p, v); }
+
 // Transforms `tiles` neighbouring tiles of one row, of one vector of channels. Tiles overlap by two
 // columns, which are transformed once.
-template <class R, class C, class T, bool kPartial>
+template <class R, class C, class W, class T, bool kPartial>
 void input_row(const ConvShape& s, const T* x, const ImageStrides& strides, TilePosition at,
-               int64_t tiles, int n, float* to, int64_t tap) {
+               int64_t tiles, int n, W* to, int64_t tap) {
     const int64_t y = at.y * R::kOut - s.pad_top;
     int64_t column = at.x * C::kOut - s.pad_left;
     const int row_begin = static_cast<int>(std::clamp<int64_t>(-y, 0, R::kIn));
@@ -198,13 +201,15 @@ void input_row(const ConvShape& s, const T* x, const ImageStrides& strides, Tile
     };
     constexpr int kShared = C::kIn - C::kOut;
     CVFAST_UNROLL for (int i = 0; i < kShared; ++i) read(i);
-    for (int64_t t = 0; t < tiles; ++t, column += C::kOut, to += kBlock) {
+    for (int64_t t = 0; t < tiles; ++t, column += C::kOut, to += kBlock * kConvWord<W>) {
         CVFAST_UNROLL for (int i = kShared; i < C::kIn; ++i) read(i);
         CVFAST_UNROLL for (int i = 0; i < R::kIn; ++i) {
             Vec line[C::kIn], v[C::kIn];
             CVFAST_UNROLL for (int j = 0; j < C::kIn; ++j) line[j] = columns[j][i];
             C::input(line, v);
-            CVFAST_UNROLL for (int j = 0; j < C::kIn; ++j) store(to + (i * C::kIn + j) * tap, v[j]);
+            CVFAST_UNROLL for (int j = 0; j < C::kIn; ++j) {
+                store_factors(to + (i * C::kIn + j) * tap, v[j]);
+            }
         }
         CVFAST_UNROLL for (int i = 0; i < kShared; ++i) {
             CVFAST_UNROLL for (int j = 0; j < R::kIn; ++j) {
@@ -214,25 +219,27 @@ void input_row(const ConvShape& s, const T* x, const ImageStrides& strides, Tile
     }
 }
 
-template <class R, class C, class T>
+// `tap`: elements of W from one to the next.
+template <class R, class C, class W, class T>
 void transform_inputs(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
-                      float* inputs, int64_t tap) {
+                      W* inputs, int64_t tap) {
+    constexpr int64_t kWord = kConvWord<W>;
     const int64_t tiles = b.tile_end - b.tile_begin;
     const int64_t blocks = (s.in_channels + kBlock - 1) / kBlock;
     for (int64_t block = 0; block < blocks; ++block) {
         const BlockSource<T> source = block_source(s, o, block);
         for (int c = 0; c < source.channels; c += kLanes) {
             const int n = std::min(kLanes, source.channels - c);
-            float* to = inputs + block * tiles * kBlock + c;
+            W* to = inputs + (block / kWord * tiles * kWord + block % kWord) * kBlock + c;
             TileWalk walk(s, R::kOut, C::kOut, b.tile_begin);
             for (int64_t t = 0; t < tiles;) {
                 const int64_t run = std::min(tiles - t, walk.across - walk.at.x);
                 if (n == kLanes) {
-                    input_row<R, C, T, false>(s, source.x + c, source.strides, walk.at, run, n,
-                                              to + t * kBlock, tap);
+                    input_row<R, C, W, T, false>(s, source.x + c, source.strides, walk.at, run, n,
+                                                 to + t * kBlock * kWord, tap);
                 } else {
-                    input_row<R, C, T, true>(s, source.x + c, source.strides, walk.at, run, n,
-                                             to + t * kBlock, tap);
+                    input_row<R, C, W, T, true>(s, source.x + c, source.strides, walk.at, run, n,
+                                                to + t * kBlock * kWord, tap);
                 }
                 t += run;
                 walk.at.x += run - 1;
@@ -242,13 +249,20 @@ void transform_inputs(const ConvShape& s, const ConvOperands<T>& o, const Winogr
     }
 }
 
+// Two neighbouring channels of a pixel as one word; the second is zero if there is only one.
+CVFAST_INLINE Vec broadcast_pair(const BFloat16* p, bool both) {
+    const uint32_t bits = p[0].bits | (both ? uint32_t{p[1].bits} << 16 : 0);
+    return set1(__builtin_bit_cast(float, bits));
+}
+
 // One output pixel of one vector of channels as the direct sum, on the kernel that the transformed
-// one gives back. Where an input is not finite, or a transform overflowed: the transforms mix the
-// pixels of a tile, and infinity minus infinity is NaN.
-template <class R, class C, class T>
+// one gives back or, in pairs, that lies behind it. Where an input is not finite, or a transform
+// overflowed: the transforms mix the pixels of a tile, and infinity minus infinity is NaN.
+template <class R, class C, class W, class T>
 __attribute__((noinline)) Vec direct_pixel(const ConvShape& s, const ConvOperands<T>& o,
                                            int64_t image, int64_t row, int64_t column,
                                            const float* u) {
+    const int64_t words = conv_words<W>(s.in_channels);
     Vec sum = set1(0.f);
     for (int r = 0; r < 3; ++r) {
         const int64_t y = row + r - s.pad_top;
@@ -256,20 +270,27 @@ __attribute__((noinline)) Vec direct_pixel(const ConvShape& s, const ConvOperand
         for (int k = 0; k < 3; ++k) {
             const int64_t x = column + k - s.pad_left;
             if (x < 0 || x >= s.width) continue;
-            for (int64_t c = 0; c < s.in_channels; ++c) {
+            for (int64_t word = 0; word < words; ++word) {
+                const int64_t c = word * kConvWord<W>;
+                const bool first = c < s.x_channels;
+                const ImageStrides& strides = first ? s.x : s.x2;
+                const T* p = first ? o.x + c : o.x2 + (c - s.x_channels);
+                p += image * strides.image + y * strides.row + x * strides.pixel;
+                if constexpr (kConvWord<W> == 2) {
+                    const int64_t at = (R::kIn * C::kIn + 3 * r + k) * words + word;
+                    const Vec pair = broadcast_pair(p, c + 1 < s.in_channels);
+                    sum = dot_pairs(pair, load(u + at * kConvPanel), sum);
+                    continue;
+                }
                 Vec weight = set1(0.f);
                 for (int i = 0; i < R::kIn; ++i) {
                     for (int j = 0; j < C::kIn; ++j) {
                         const float factor = R::kInverse[r][i] * C::kInverse[k][j];
                         if (factor == 0) continue;
-                        const int64_t at = (i * C::kIn + j) * s.in_channels + c;
+                        const int64_t at = (i * C::kIn + j) * words + word;
                         weight = fma(set1(factor), load(u + at * kConvPanel), weight);
                     }
                 }
-                const bool first = c < s.x_channels;
-                const ImageStrides& strides = first ? s.x : s.x2;
-                const T* p = first ? o.x + c : o.x2 + (c - s.x_channels);
-                p += image * strides.image + y * strides.row + x * strides.pixel;
                 sum = fma(set1(to_float(*p)), weight, sum);
             }
         }
@@ -277,12 +298,17 @@ __attribute__((noinline)) Vec direct_pixel(const ConvShape& s, const ConvOperand
     return sum;
 }
 
+// Rows of a panel of weights before that of the bias.
+template <class R, class C, class W>
+int64_t weight_rows(const ConvShape& s) {
+    return (R::kIn * C::kIn + kWinogradKept<W>) * conv_words<W>(s.in_channels);
+}
+
 // Transforms the products of one panel back, and finishes and stores its outputs.
-template <class R, class C, class T>
+template <class R, class C, class W, class T>
 void transform_outputs(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
                        int64_t panel, const float* products, int64_t tap) {
-    constexpr int kTaps = R::kIn * C::kIn;
-    const int64_t rows = kTaps * s.in_channels;  // before that of the bias
+    const int64_t rows = weight_rows<R, C, W>(s);
     const float* weights = o.packed + panel * (rows + 1) * kConvPanel;
     const int64_t first = panel * kConvPanel;
     const int lanes = static_cast<int>(std::min<int64_t>(kConvPanel, s.out_channels - first));
@@ -327,7 +353,7 @@ void transform_outputs(const ConvShape& s, const ConvOperands<T>& o, const Winog
                 CVFAST_UNROLL for (int j = 0; j < C::kOut; ++j) {
                     if (j >= width) break;
                     if (!finite) [[unlikely]] {
-                        y[i][j] = direct_pixel<R, C>(s, o, image, row + i, column + j, weights + c);
+                        y[i][j] = direct_pixel<R, C, W>(s, o, image, row + i, column + j, weights + c);
                     }
                     finish(
                         y[i][j], bias,
@@ -339,27 +365,27 @@ void transform_outputs(const ConvShape& s, const ConvOperands<T>& o, const Winog
     }
 }
 
-template <class R, class C, class T>
+template <class R, class C, class W, class T>
 void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
                     void* scratch) {
     constexpr int kTaps = R::kIn * C::kIn;
-    const int64_t tiles = b.tile_end - b.tile_begin;
-    const WinogradScratch w = winograd_scratch(s.in_channels, kTaps, tiles);
+    const int64_t tiles = b.tile_end - b.tile_begin, words = conv_words<W>(s.in_channels);
+    const WinogradScratch w = winograd_scratch(words, kTaps, tiles);
     float* inputs = static_cast<float*>(scratch);
     float* products = inputs + w.inputs;
     auto* runs = reinterpret_cast<TileRun*>(products + w.products);
     for (int64_t i = 0; i < w.runs; ++i) {
         runs[i] = {i * tiles * kBlock, i * kBlock * kConvPanel,
-                   std::min<int64_t>(kBlock, s.in_channels - i * kBlock)};
+                   std::min<int64_t>(kBlock, words - i * kBlock)};
     }
-    transform_inputs<R, C>(s, o, b, inputs, w.input_tap);
+    transform_inputs<R, C>(s, o, b, static_cast<W*>(scratch), w.input_tap * kConvWord<W>);
 
-    TileProduct t{};
+    TileProduct<W> t{};
     t.pixel = kBlock;
     t.runs = runs;
     t.run_count = w.runs;
     t.b_row = kConvPanel;
-    t.panel = (kTaps * s.in_channels + 1) * kConvPanel;
+    t.panel = (weight_rows<R, C, W>(s) + 1) * kConvPanel;
     TileResult<float> result{};
     result.out_pixel = kTilePanels * kConvPanel;
     const int64_t parts = (tiles + kTilePixels - 1) / kTilePixels;
@@ -367,7 +393,7 @@ void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const Winograd
         const int64_t panels = std::min<int64_t>(kTilePanels, b.panel_end - panel);
         result.channels = panels * kConvPanel;
         for (int tap = 0; tap < kTaps; ++tap) {
-            t.b = o.packed + panel * t.panel + tap * s.in_channels * kConvPanel;
+            t.b = o.packed + panel * t.panel + tap * words * kConvPanel;
             for (int64_t part = 0; part < parts; ++part) {
                 // Parts of almost equal height: a rest of one would run at a low rate.
                 const int64_t begin = part * tiles / parts;
@@ -377,7 +403,7 @@ void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const Winograd
             }
         }
         for (int64_t i = 0; i < panels; ++i) {
-            transform_outputs<R, C>(s, o, b, panel + i, products + i * kConvPanel, w.product_tap);
+            transform_outputs<R, C, W>(s, o, b, panel + i, products + i * kConvPanel, w.product_tap);
         }
     }
 }
@@ -385,19 +411,24 @@ void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const Winograd
 template <class T>
 void winograd_f2_block(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
                        void* scratch) {
-    winograd_block<F2, F2>(s, o, b, scratch);
+    winograd_block<F2, F2, float>(s, o, b, scratch);
 }
 
 template <class T>
 void winograd_f2x4_block(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
                          void* scratch) {
-    winograd_block<F2, F4>(s, o, b, scratch);
+    winograd_block<F2, F4, float>(s, o, b, scratch);
 }
 
 template <class T>
 void winograd_f4_block(const ConvShape& s, const ConvOperands<T>& o, const WinogradBlock& b,
                        void* scratch) {
-    winograd_block<F4, F4>(s, o, b, scratch);
+    winograd_block<F4, F4, float>(s, o, b, scratch);
+}
+
+inline void winograd_f2_bf16_block(const ConvShape& s, const ConvOperands<BFloat16>& o,
+                                   const WinogradBlock& b, void* scratch) {
+    winograd_block<F2, F2, BFloat16>(s, o, b, scratch);
 }
 
 }  // namespace CVFAST_ISA_NAMESPACE

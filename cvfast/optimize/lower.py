@@ -653,7 +653,7 @@ def _conv_algorithm(site: Site, winograd: str) -> str:
     return choose_algorithm(
         shape_hint(site.source), shape_hint(site.weight), stride=geometry.stride,
         padding=geometry.padding, dilation=geometry.dilation, allow_f4=winograd == "F4",
-        dtype=site.dtype,
+        allow_bf16=site.batch_norm is not None, dtype=site.dtype,
     )  # fmt: skip
 
 

@@ -42,7 +42,8 @@ struct Weights {
 
 template <class T>
 bool multiplies_pairs(const ConvShape& s) {
-    return std::is_same_v<T, BFloat16> && s.algorithm == ConvAlgorithm::direct;
+    return s.algorithm == ConvAlgorithm::winograd_f2_bf16 ||
+           (std::is_same_v<T, BFloat16> && s.algorithm == ConvAlgorithm::direct);
 }
 
 // The layout that conv.h describes.
@@ -53,12 +54,14 @@ std::vector<float> pack(const Weights& w) {
     const WinogradTile tile = winograd_tile(s.algorithm);
     const bool line = s.algorithm == ConvAlgorithm::winograd_1d;
     const int64_t kernel = s.kernel_h * s.kernel_w;
-    const int64_t taps = direct ? kernel : line ? winograd_1d_entries(kernel) : tile.taps();
+    const int64_t transformed = direct ? 0 : line ? winograd_1d_entries(kernel) : tile.taps();
+    const bool kept = direct || s.algorithm == ConvAlgorithm::winograd_f2_bf16;
+    const int64_t taps = transformed + (kept ? kernel : 0);
     const int64_t outputs = winograd_1d_outputs(kernel), groups = winograd_1d_groups(kernel);
     const Matrix along = six_points(7 - outputs);
     const Matrix down = kernel_transform(tile.height), across = kernel_transform(tile.width);
     const auto entry = [&](int64_t o, int64_t tap, int64_t c) {
-        if (direct) return w.at(o, tap, c);
+        if (tap >= transformed) return w.at(o, tap - transformed, c);
         if (line) {
             const int64_t group = tap % groups, last = group == groups - 1;
             double sum = 0;
@@ -108,7 +111,8 @@ void check(Test& test) {
     s.kernel_h = random.in(1, 5), s.kernel_w = random.in(1, 5);
     s.stride_h = random.in(1, 3), s.stride_w = random.in(1, 3);
     s.dilation_h = random.one_in(3) ? 2 : 1, s.dilation_w = random.one_in(3) ? 2 : 1;
-    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, 4));
+    constexpr bool bf16 = std::is_same_v<T, BFloat16>;
+    s.algorithm = static_cast<ConvAlgorithm>(random.in(0, bf16 ? 5 : 4));
     if (s.algorithm != ConvAlgorithm::direct) {
         s.kernel_h = s.kernel_w = 3;
         if (s.algorithm == ConvAlgorithm::winograd_1d) {
@@ -169,7 +173,7 @@ void check(Test& test) {
     const ConvOperands<T> o{planar ? planes.data() : x.data(), two ? x2.data() : nullptr,
                             packed.data(), random.one_in(2) ? residual.data() : nullptr,
                             out.data()};
-    constexpr const char* kNames[] = {"direct", "F2", "F2x4", "F4", "1d"};
+    constexpr const char* kNames[] = {"direct", "F2", "F2x4", "F4", "1d", "F2 bf16"};
     test.describe(text(kNames[static_cast<int>(s.algorithm)], ", batch ", s.batch, ", ", s.height,
                        "x", s.width, " to ", s.out_height, "x", s.out_width, ", channels ",
                        s.x_channels, "+", s.in_channels - s.x_channels, " to ", s.out_channels,
@@ -200,6 +204,8 @@ void check(Test& test) {
     if (s.algorithm != ConvAlgorithm::direct) {
         const bool six_by_six = s.algorithm == ConvAlgorithm::winograd_f4;
         roundings = six_by_six || s.algorithm == ConvAlgorithm::winograd_1d ? 64 : 16;
+        // Those of bfloat16 are 2^16 times as large.
+        if (s.algorithm == ConvAlgorithm::winograd_f2_bf16) roundings = 4 * 0x1p16;
         double most = 0;
         for (const Sum& sum : sums) {
             if (std::isfinite(sum.magnitude)) most = std::max(most, sum.magnitude);
