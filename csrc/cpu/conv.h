@@ -16,7 +16,8 @@ inline constexpr int kConvPanel = 16;
 
 // Those of Winograd take stride and dilation 1: f2, f2x4 (two rows of four) and f4 compute tiles of
 // 2x2, 2x4 and 4x4 outputs of 3x3 kernels at once, 1d two to four outputs along a kernel of 3, 5 or
-// 7 taps in one row or column. They multiply in float32, f2_bf16 in bfloat16, whose images it takes.
+// 7 taps in one row or column. They multiply in float32, but f2_bf16 in bfloat16; its images are
+// too.
 enum class ConvAlgorithm : int {
     direct,
     winograd_f2,
@@ -67,8 +68,8 @@ constexpr int64_t conv_words(int64_t channels) {
 // the last channel; the last row of a panel is the bias, as float. Direct: taps are the kernel's,
 // row by row, and words conv_words(in_channels), floats or pairs of BFloat16. Winograd: taps are
 // the 16 (F2), 24 (F2x4) or 36 (F4) entries of the transformed kernel, or the 6 of each group of
-// its taps, group within entry (1d; see winograd_1d_kernel.h), and words floats, one per channel; of
-// f2_bf16 pairs, and the nine taps of the kernel itself lie behind the transformed ones.
+// its taps, group within entry (1d; see winograd_1d_kernel.h), and words floats, one per channel;
+// of f2_bf16 pairs, and the nine taps of the kernel itself lie behind the transformed ones.
 template <class T>
 struct ConvOperands {
     const T* x;

@@ -37,8 +37,7 @@ std::optional<ConvAlgorithm> packed_for(const ConvShape& s, const Tensor& x, con
         if (packed_as(ScalarType::Float, rows)) return algorithm;
     }
     const int64_t taps_and_kept = winograd_tile(winograd_f2_bf16).taps() + kWinogradKept<BFloat16>;
-    if (pairs &&
-        packed_as(ScalarType::Int, taps_and_kept * conv_words<BFloat16>(s.in_channels))) {
+    if (pairs && packed_as(ScalarType::Int, taps_and_kept * conv_words<BFloat16>(s.in_channels))) {
         return winograd_f2_bf16;
     }
     return std::nullopt;

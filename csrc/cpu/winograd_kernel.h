@@ -8,7 +8,8 @@
 //
 // A tile is transformed along its rows and along its columns, each by a transform of its own: R
 // works down the rows of a tile, C across its columns. The products multiply words of W, as those
-// of TileProduct: floats, or pairs of BFloat16, to which transformed inputs and kernels are rounded.
+// of TileProduct: floats, or pairs of BFloat16, to which transformed inputs and kernels are then
+// rounded.
 
 #include "cpu/tile_product.h"
 
@@ -176,6 +177,11 @@ CVFAST_INLINE void input_column(const T* x, int64_t row, int row_begin, int row_
     R::input(d, v);
 }
 
+// Columns between the one that is transformed and the one that is asked for: rows of large images
+// are far apart. One thread, bfloat16: 64 channels of 256x256 take 0.95 of the time, small images
+// 0.99.
+inline constexpr int kColumnsAhead = 12;
+
 CVFAST_INLINE void store_factors(float* p, Vec v) { store(p, v); }
 
 // Transforms `tiles` neighbouring tiles of one row, of one vector of channels. Tiles overlap by two
@@ -194,6 +200,9 @@ void input_row(const ConvShape& s, const T* x, const ImageStrides& strides, Tile
         const bool inside = at_column >= 0 && at_column < s.width;
         const T* p = x + at_column * strides.pixel;
         if (row_begin == 0 && row_end == R::kIn && inside) {
+            CVFAST_UNROLL for (int r = 0; r < R::kIn; ++r) {
+                __builtin_prefetch(p + r * strides.row + kColumnsAhead * strides.pixel);
+            }
             input_column<R, T, kPartial>(p, strides.row, 0, R::kIn, true, n, columns[i]);
         } else {
             input_column<R, T, kPartial>(p, strides.row, row_begin, row_end, inside, n, columns[i]);
@@ -301,7 +310,7 @@ __attribute__((noinline)) Vec direct_pixel(const ConvShape& s, const ConvOperand
 // Rows of a panel of weights before that of the bias.
 template <class R, class C, class W>
 int64_t weight_rows(const ConvShape& s) {
-    return (R::kIn * C::kIn + kWinogradKept<W>) * conv_words<W>(s.in_channels);
+    return (R::kIn * C::kIn + kWinogradKept<W>)*conv_words<W>(s.in_channels);
 }
 
 // Transforms the products of one panel back, and finishes and stores its outputs.
@@ -353,7 +362,8 @@ void transform_outputs(const ConvShape& s, const ConvOperands<T>& o, const Winog
                 CVFAST_UNROLL for (int j = 0; j < C::kOut; ++j) {
                     if (j >= width) break;
                     if (!finite) [[unlikely]] {
-                        y[i][j] = direct_pixel<R, C, W>(s, o, image, row + i, column + j, weights + c);
+                        y[i][j] =
+                            direct_pixel<R, C, W>(s, o, image, row + i, column + j, weights + c);
                     }
                     finish(
                         y[i][j], bias,
@@ -403,7 +413,8 @@ void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const Winograd
             }
         }
         for (int64_t i = 0; i < panels; ++i) {
-            transform_outputs<R, C, W>(s, o, b, panel + i, products + i * kConvPanel, w.product_tap);
+            transform_outputs<R, C, W>(s, o, b, panel + i, products + i * kConvPanel,
+                                       w.product_tap);
         }
     }
 }

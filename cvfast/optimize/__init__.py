@@ -97,8 +97,9 @@ def optimize(
         dry_run: plan, verify and report only: the result runs the original.
         winograd: what convolutions on the CPU may use where it is faster: ``"F2"``, Winograd's
             algorithms on tiles of two rows, F(2x2, 3x3) and F(2x4, 3x3), and along kernels of one
-            row or column, as accurate as PyTorch; ``"F4"``, also F(4x4, 3x3), which computes less
-            with an error about twice as large (docs/kernels/conv.md); ``"off"``, none.
+            row or column, as accurate as PyTorch, in bfloat16 within twice its error; ``"F4"``,
+            also F(4x4, 3x3), which computes less with an error about twice as large
+            (docs/kernels/conv.md); ``"off"``, none.
         outputs: on a GPU, ``"copy"`` results to fresh tensors, or ``"alias"``: hand them out where
             they were computed, valid until the next call with inputs of that size, which writes
             there; for callers that run the network from one thread and stream.

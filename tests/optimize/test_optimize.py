@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import cvfast
+from cvfast.ops.conv import prepack
 from cvfast.optimize import OptimizedModule, VerificationError
+from cvfast.testing import isa, isa_levels
 
 from .conftest import ConvNet, check_equal, conv_bn, patterns, randomize, reasons
 
@@ -207,6 +209,30 @@ def test_dtype_computes_in_it_and_returns_the_inputs(net: nn.Module) -> None:
     optimized.load_state_dict(other.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(optimized(X), other(X), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif("avx512_bf16" not in isa_levels(), reason="needs AVX512_BF16")
+def test_bfloat16_products_of_winograd_are_used_beside_a_batch_norm_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There PyTorch rounds twice, which leaves room for their error."""
+    from cvfast.optimize import lower
+
+    chosen = []
+
+    def spy(*args: Tensor, algorithm: str, **kwargs: torch.dtype) -> Tensor:
+        chosen.append(algorithm)
+        return prepack(*args, algorithm=algorithm, **kwargs)
+
+    monkeypatch.setattr(lower, "prepack_conv", spy)
+    x = torch.randn(1, 64, 28, 28, generator=torch.Generator().manual_seed(0))
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    for net in (randomize(nn.Sequential(conv, nn.BatchNorm2d(64))), nn.Sequential(conv)):
+        with isa("avx512_bf16"):
+            optimized = cvfast.optimize(net.eval(), x, dtype=torch.bfloat16)
+        assert optimized.report.verification.ok
+    assert set(chosen[: len(chosen) // 2]) == {"winograd_f2_bf16"}
+    assert set(chosen[len(chosen) // 2 :]) == {"winograd_f2x4"}
 
 
 def test_filter_fn_sees_every_convolution_and_is_obeyed(net: nn.Module) -> None:
