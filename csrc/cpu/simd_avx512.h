@@ -17,7 +17,12 @@ CVFAST_INLINE Vec widen(const BFloat16*, __m256i h) {
 CVFAST_INLINE __m256i narrow(const Half*, Vec v) {
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Integer rounding, not VCVTNEPS2BF16: that one flushes subnormals, so levels would disagree.
+#if defined(CVFAST_BF16_DOT)
+// Subnormals become zero, as they are to VDPBF16PS.
+CVFAST_INLINE __m256i narrow(const BFloat16*, Vec v) {
+    return __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(v));
+}
+#else
 CVFAST_INLINE __m256i narrow(const BFloat16*, Vec v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -26,6 +31,7 @@ CVFAST_INLINE __m256i narrow(const BFloat16*, Vec v) {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
 }
+#endif
 
 CVFAST_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -68,14 +74,7 @@ CVFAST_INLINE Vec add_neighbours(Vec v) {
 CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
 }
-// As store() does, but for subnormals, which dot_pairs() takes for zero: it is seven instructions
-// shorter.
-CVFAST_INLINE void store_factors(BFloat16* p, Vec v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(v)));
-}
 #else
-CVFAST_INLINE void store_factors(BFloat16* p, Vec v) { store(p, v); }
 CVFAST_INLINE Vec even(Vec v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16));
 }

@@ -73,7 +73,6 @@ CVFAST_INLINE Vec odd(Vec v) {
 CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return fma(even(a), even(b), fma(odd(a), odd(b), c));
 }
-CVFAST_INLINE void store_factors(BFloat16* p, Vec v) { store(p, v); }
 
 CVFAST_INLINE Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
 

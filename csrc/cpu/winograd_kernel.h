@@ -182,8 +182,6 @@ CVFAST_INLINE void input_column(const T* x, int64_t row, int row_begin, int row_
 // 0.99.
 inline constexpr int kColumnsAhead = 12;
 
-CVFAST_INLINE void store_factors(float* p, Vec v) { store(p, v); }
-
 // Transforms `tiles` neighbouring tiles of one row, of one vector of channels. Tiles overlap by two
 // columns, which are transformed once.
 template <class R, class C, class W, class T, bool kPartial>
@@ -216,9 +214,7 @@ void input_row(const ConvShape& s, const T* x, const ImageStrides& strides, Tile
             Vec line[C::kIn], v[C::kIn];
             CVFAST_UNROLL for (int j = 0; j < C::kIn; ++j) line[j] = columns[j][i];
             C::input(line, v);
-            CVFAST_UNROLL for (int j = 0; j < C::kIn; ++j) {
-                store_factors(to + (i * C::kIn + j) * tap, v[j]);
-            }
+            CVFAST_UNROLL for (int j = 0; j < C::kIn; ++j) store(to + (i * C::kIn + j) * tap, v[j]);
         }
         CVFAST_UNROLL for (int i = 0; i < kShared; ++i) {
             CVFAST_UNROLL for (int j = 0; j < R::kIn; ++j) {
