@@ -136,7 +136,9 @@ def contenders(
     onednn = OneDnnWeight(weight, x.shape, **layer.geometry, groups=1)
     calls = {CVFAST: ours(chosen)}
     for algorithm in ALGORITHMS:
-        if algorithm != chosen and serves(algorithm, layer.kernel, layer.stride, layer.dilation):
+        if algorithm != chosen and serves(
+            algorithm, layer.kernel, layer.stride, layer.dilation, x.dtype
+        ):
             calls[algorithm] = ours(algorithm)
     calls["onednn"] = lambda: conv_onednn(x, onednn, bias, None, "relu")
     calls["eager_nhwc"] = lambda: conv(x, weight, bias, **layer.geometry, activation=RELU)
