@@ -1,6 +1,7 @@
 #include "cpu/depthwise.h"
 
 #define CVFAST_KERNEL_SOURCE "cpu/depthwise_kernel.h"
+#define CVFAST_KERNEL_BF16_DOT
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {

@@ -234,9 +234,23 @@ void depthwise_rows_of(const DepthwiseShape& s, const T* x, const float* packed,
     }
 }
 
+}  // namespace CVFAST_ISA_NAMESPACE
+}  // namespace cvfast
+
+#if defined(CVFAST_BF16_DOT)
+#include "cpu/depthwise_dot.h"
+#endif
+
+namespace cvfast::CVFAST_ISA_NAMESPACE {
+
 template <class T>
 void depthwise_rows(const DepthwiseShape& s, const T* x, const float* packed, T* out,
                     const DepthwiseRange& range) {
+#if defined(CVFAST_BF16_DOT)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (takes_dot(s)) return depthwise_dot(s, x, packed, out, range);
+    }
+#endif
     if (s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2)) {
         const bool two = s.stride_w == 2;
         switch (s.kernel_w) {
@@ -254,5 +268,4 @@ void depthwise_rows(const DepthwiseShape& s, const T* x, const float* packed, T*
     depthwise_rows_of<T, 0, 0>(s, x, packed, out, range);
 }
 
-}  // namespace CVFAST_ISA_NAMESPACE
-}  // namespace cvfast
+}  // namespace cvfast::CVFAST_ISA_NAMESPACE

@@ -73,10 +73,10 @@ CVFAST_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16
 #define CVFAST_ISA_NAMESPACE avx512_bf16
 #define CVFAST_BF16_DOT
 #include "cpu/simd_avx512.h"
-#undef CVFAST_BF16_DOT
 #include "cpu/opaque.h"
 #include "cpu/activation.h"
 #include CVFAST_KERNEL_SOURCE
+#undef CVFAST_BF16_DOT
 #undef CVFAST_ISA_NAMESPACE
 CVFAST_TARGET_END
 #else

@@ -39,8 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),
 ]
 
-# The level avx512_bf16 changes the pointwise kernel alone; it has the code of avx512 for this one.
-LEVELS = tuple(level for level in isa_levels() if level != "avx512_bf16")
+LEVELS = isa_levels()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -124,6 +123,13 @@ GpuKernels = Callable[[str], AbstractContextManager[str]]
 def skip_where_rounding_differs(target: Target, dtype: torch.dtype) -> None:
     if target == Target("triton", "cpu") and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bfloat16")
+
+
+def flushed(values: torch.Tensor, target: Target, dtype: torch.dtype) -> torch.Tensor:
+    """float32 values as the kernel rounds them: VCVTNEPS2BF16 takes subnormals for zero."""
+    if target == CPU and dtype == torch.bfloat16 and extension.selected_cpu_isa() == "avx512_bf16":
+        return values.where(values.isnan() | (values.abs() >= torch.finfo(dtype).tiny), 0.0)
+    return values
 
 
 @pytest.fixture(params=[*(f"cpu-{level}" for level in LEVELS), *GPU_BACKENDS_THOROUGHLY])
@@ -260,7 +266,7 @@ def test_every_16_bit_pattern_survives_a_copy(dtype: torch.dtype, target: Target
     nan = x.isnan()
     assert torch.equal(y.isnan(), nan)
     # The bias, +0, is added: -0 becomes +0.
-    assert torch.equal(y[~nan], x[~nan])
+    assert torch.equal(y[~nan], flushed(x[~nan].float(), target, dtype).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -274,7 +280,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype: torch.dtype, target: Targ
     for scale in b[:8]:
         weight = scale.reshape(1024, 1, 1, 1)
         y = target.run(Case(padding=(0, 0)), x, weight, None).reshape(64, 1024)
-        expected = (a.float() * scale.float() + 0.0).to(dtype)
+        expected = flushed(a.float() * scale.float() + 0.0, target, dtype).to(dtype)
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
