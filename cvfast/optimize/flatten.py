@@ -153,7 +153,7 @@ class Schedule:
             step(env)
             for node in frees:
                 del env[node]
-        return list(fx.map_arg(self.output, env.__getitem__))
+        return [env[value] if isinstance(value, fx.Node) else value for value in self.output]
 
     def describe(self) -> Execution:
         plans = self.plans

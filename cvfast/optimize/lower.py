@@ -140,8 +140,9 @@ class Program:
         self._packed.clear()
 
     def __call__(self, flat: Sequence[Any]) -> list[Any]:
+        """The results for inputs like the captured ones. To be called with gradients off."""
         # Below autograd an operator call is some 4 us cheaper than under no_grad alone.
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd():
             if nvtx.enabled():
                 return list(_Ranges(self).run(*flat))
             schedule = self.schedule(flat) if self.planned else None
@@ -152,7 +153,7 @@ class Program:
 
     def schedule(self, flat: Sequence[Any]) -> Schedule | None:
         """The plans for inputs like these; None if there is no kernel for any step."""
-        sizes = tuple((v.shape, v.stride()) for v in flat if isinstance(v, Tensor))
+        sizes = tuple([(v.shape, v.stride()) for v in flat if isinstance(v, Tensor)])
         if self.gpu is None:
             key = (sizes, torch.get_num_threads(), extension.selected_cpu_isa())
         else:

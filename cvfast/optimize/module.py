@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from .capture import Capture
 from .gate import GATE
 from .options import Options
 from .report import Report
-from .runner import Runner
+from .runner import Runner, is_ordinary
 from .verify import Verification, VerificationError, compare_layers, verify
 from .watch import Exposure, Watch
 
@@ -95,9 +95,11 @@ class OptimizedModule(nn.Module):
             self._check(args, kwargs)
         if self._disabled:
             return self._run_original(args, kwargs)
+        if not torch.is_grad_enabled():
+            return self._run(*args, **kwargs)
         with torch.no_grad():
             result = self._run(*args, **kwargs)
-        if torch.is_grad_enabled() and self._wants_gradients():
+        if self._wants_gradients():
             return _without_parameter_gradients(result, self._tracked_outputs(args, kwargs))
         return result
 
@@ -241,15 +243,14 @@ class OptimizedModule(nn.Module):
             return False
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        leaves = (
-            (args[0],) if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
-        )
-        tensors = [t for t in leaves or pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return False
-        if any(type(t) not in (Tensor, nn.Parameter) or t.numel() == 0 for t in tensors):
-            return False
-        if tensors and torch.is_autocast_enabled(tensors[0].device.type):
+        leaves: Sequence[Any] = args
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            leaves = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        recording = torch.is_grad_enabled()
+        for tensor in leaves:
+            if (recording and tensor.requires_grad) or not is_ordinary(tensor):
+                return False
+        if leaves and torch.is_autocast_enabled(leaves[0].device.type):
             self._warn_once(
                 "autocast",
                 "cvfast: under autocast the original network runs; for low precision on the fused "
@@ -417,35 +418,31 @@ def _dtype_of(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-class _NoParameterGradients(torch.autograd.Function):
-    """Passes results through; a backward pass says what to do about missing gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
-        # New tensors on the same memory, but no views, which could not be written to.
-        return tuple(
-            r.new_empty(0).set_(r.untyped_storage(), r.storage_offset(), r.shape, r.stride())
-            for r in results
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            "cvfast: the fused network computes no gradients for its parameters; call .train() (or "
-            "use .original) to train, or give an input that requires gradients"
-        )
+_NO_PARAMETER_GRADIENTS = (
+    "cvfast: the fused network computes no gradients for its parameters; call .train() (or use "
+    ".original) to train, or give an input that requires gradients"
+)
 
 
 def _without_parameter_gradients(result: Any, tracked: list[bool]) -> Any:
+    """``result``, in which a backward pass from the ``tracked`` leaves says what to do about the
+    missing gradients."""
+    if isinstance(result, Tensor):  # tree_flatten takes 3 us
+        return _raising([result])[0] if tracked == [True] else result
     leaves, spec = pytree.tree_flatten(result)
     places = [i for i, wanted in enumerate(tracked) if wanted]
     if len(tracked) != len(leaves) or not places:
         return result
-    anchor = torch.empty(0, requires_grad=True)
-    guarded = _NoParameterGradients.apply(anchor, *(leaves[i] for i in places))
-    for i, leaf in zip(places, guarded, strict=True):
+    for i, leaf in zip(places, _raising([leaves[i] for i in places]), strict=True):
         leaves[i] = leaf
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _raising(tensors: list[Tensor]) -> list[Tensor]:
+    """New tensors on the same memory, no views of these, whose backward pass raises."""
+    anchor = torch.empty(0, requires_grad=True)
+    delayed = torch._C._functions.DelayedError(_NO_PARAMETER_GRADIENTS, 1 + len(tensors))
+    return list(delayed(anchor, *tensors)[1:])
 
 
 def _cloned(tree: Any) -> Any:

@@ -65,12 +65,14 @@ class Runner:
         if self.exposure.handed_out or self.exposure.epoch != self.epoch:
             self._catch_up()
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            flat, spec, key = list(args), None, (args[0].dtype, args[0].shape, args[0].device)
+            flat: Sequence[Any] = args
+            spec, key = None, (args[0].dtype, args[0].shape, args[0].device)
         else:
             flat, spec = pytree.tree_flatten((args, kwargs))
             key = (*map(_signature, flat), str(spec))
-        if not all(map(_plain, flat)):
-            return self._run_original(args, kwargs)
+        for value in flat:
+            if isinstance(value, Tensor) and not is_ordinary(value):
+                return self._run_original(args, kwargs)
         program = self.routes.get(key, _MISSING)
         if program is _MISSING:
             with GATE.locked(self.lock):
@@ -112,7 +114,12 @@ class Runner:
                     yield from module.runner.all_notes()
 
     def _route(
-        self, key: Any, flat: list[Any], spec: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        key: Any,
+        flat: Sequence[Any],
+        spec: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Program | None:
         """Find or make the program for these inputs. Called under the lock."""
         if key in self.routes:
@@ -135,7 +142,7 @@ class Runner:
             self.routes.clear()
         self.routes[key] = program
 
-    def _find(self, flat: list[Any], spec: Any) -> Program | None:
+    def _find(self, flat: Sequence[Any], spec: Any) -> Program | None:
         for program in self.programs:
             if program.capture.accepts(flat) and _same_spec(program.capture, spec):
                 return program
@@ -317,10 +324,8 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _plain(value: Any) -> bool:
-    """Whether a program can take this input: an ordinary, non-empty tensor, or no tensor at all."""
-    if not isinstance(value, Tensor):
-        return True
+def is_ordinary(value: Tensor) -> bool:
+    """Whether a program can take this tensor: no subclass, not empty, not sparse."""
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.numel() > 0
