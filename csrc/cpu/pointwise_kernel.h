@@ -102,6 +102,13 @@ CVFAST_INLINE void accumulate(Vec (&sums)[V], Vec x, const Vec (&weights)[V]) {
     }
 }
 
+// simd_avx512.h overloads it for bfloat16.
+template <class T>
+CVFAST_INLINE void store_two(T* p, Vec low, Vec high) {
+    store(p, low);
+    store(p + kLanes, high);
+}
+
 // kRows pixels times V vectors of channels. kWords is 1, or 2 in the half panel, whose vectors hold
 // two words of half as many channels.
 template <class A, class T, int kRows, int V, int kWords>
@@ -192,6 +199,16 @@ void pointwise_tile(const PointwiseTile<A, T>& t) {
     }
     activate_all(sums, t.activation);
     T* out = t.out;
+    if constexpr (V % 2 == 0 && kWords == 1) {
+        if (t.last == kLanes) {
+            CVFAST_UNROLL for (int r = 0; r < kRows; ++r, out += t.out_pixel) {
+                CVFAST_UNROLL for (int v = 0; v < V; v += 2) {
+                    store_two(out + v * kLanes, sums[r][v], sums[r][v + 1]);
+                }
+            }
+            return;
+        }
+    }
     CVFAST_UNROLL for (int r = 0; r < kRows; ++r, out += t.out_pixel) {
         CVFAST_UNROLL for (int v = 0; v < V; ++v) {
             T* p = out + v * kChannels;

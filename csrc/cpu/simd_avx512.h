@@ -59,6 +59,12 @@ CVFAST_INLINE void store_n(T* p, Vec v, int n) {
     _mm256_mask_storeu_epi16(p, first(n), narrow(p, v));
 }
 
+#if defined(CVFAST_BF16_DOT)
+CVFAST_INLINE void store_two(BFloat16* p, Vec low, Vec high) {
+    _mm512_storeu_si512(p, __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(high, low)));
+}
+#endif
+
 CVFAST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 CVFAST_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
