@@ -93,6 +93,13 @@ T element(Random& random, bool special) {
     return from_float<T>(static_cast<float>(random.uniform(-1, 1)));
 }
 
+// A weight of a kernel of T images; bfloat16 kernels may round theirs.
+template <class T>
+float weight_element(Random& random) {
+    using Weight = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+    return to_float(element<Weight>(random, false));
+}
+
 // Elements next to each other.
 template <class T>
 class Array {

@@ -34,7 +34,7 @@ void check(Test& test) {
         const int64_t lane = i % kDepthwisePanel;
         const int64_t panel = i / kDepthwisePanel / (s.taps() + 1) % s.panels();
         const bool used = panel * kDepthwisePanel + lane < s.channels;
-        packed[i] = used ? element<float>(random, false) : 0.f;
+        packed[i] = used ? weight_element<T>(random) : 0.f;
     }
     const auto weight = [&](int64_t c, int64_t j, int64_t tap) -> double {
         const int64_t panel = j * s.panels() + c / kDepthwisePanel;

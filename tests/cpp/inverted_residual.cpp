@@ -61,7 +61,7 @@ void check(Test& test) {
     const Array<float> depthwise(panels * (taps + 1) * kDepthwisePanel, random);
     for (int64_t i = 0; i < depthwise.size(); ++i) {
         const int64_t c = i / kDepthwisePanel / (taps + 1) * kDepthwisePanel + i % kDepthwisePanel;
-        depthwise[i] = c < s.hidden ? element<float>(random, false) : 0.f;
+        depthwise[i] = c < s.hidden ? weight_element<T>(random) : 0.f;
     }
     const auto tap_weight = [&](int64_t c, int64_t tap) -> double {
         const int64_t row = c / kDepthwisePanel * (taps + 1) + tap;
