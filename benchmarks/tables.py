@@ -31,13 +31,19 @@ SETTING = ("threads", "batch", "dtype")  # what a summary of the depthwise layer
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
-def networks(results: Path = RESULTS, *, dtype: str = "float32", threads: int = 2) -> str:
+def networks(
+    results: Path = RESULTS,
+    *,
+    dtype: str = "float32",
+    threads: int = 2,
+    file: str = "networks.json",
+) -> str:
     """cvfast against every peer at one setting, a row per network and batch."""
     command = (
         f"cvfast bench --batch 1,8 --threads {threads} --dtype {dtype} --memory "
-        "--json benchmarks/results/cpu/networks.json"
+        f"--json benchmarks/results/cpu/{file}"
     )
-    measured = _load(results / "cpu" / "networks.json") or {"rows": []}
+    measured = _load(results / "cpu" / file) or {"rows": []}
     rows = [r for r in measured["rows"] if (r["dtype"], r["threads"]) == (dtype, threads)]
     if not rows:
         return not_measured(command)
@@ -414,6 +420,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks-cpu-1-thread": functools.partial(networks, threads=1),
     "networks-cpu-bfloat16": functools.partial(networks, dtype="bfloat16"),
     "networks-cpu-bfloat16-1-thread": functools.partial(networks, dtype="bfloat16", threads=1),
+    **{
+        f"networks-amx-{dtype}-{threads}": functools.partial(
+            networks, dtype=dtype, threads=threads, file="networks_amx.json"
+        )
+        for dtype in ("float32", "bfloat16")
+        for threads in (2, 1)
+    },
     "zoo-cpu": zoo,
     "depthwise-cpu": depthwise,
     "pointwise-cpu": pointwise,

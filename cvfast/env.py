@@ -66,9 +66,9 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 CPU_ISA: Variable[str | None] = Variable(
     "CVFAST_CPU_ISA",
     None,
-    _one_of("portable", "avx2", "avx512", "avx512_bf16", "neon"),
-    "Instruction-set level of the CPU kernels: portable; avx2, avx512 or avx512_bf16 on x86; neon "
-    "on ARM. Default: the highest that the machine has.",
+    _one_of("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon"),
+    "Instruction-set level of the CPU kernels: portable; avx2, avx512, avx512_bf16 or avx512_amx "
+    "on x86; neon on ARM. Default: the highest that the machine has.",
 )
 
 DISABLE_EXTENSION: Variable[bool] = Variable(

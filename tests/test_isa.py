@@ -36,6 +36,8 @@ def test_levels_start_at_portable_and_the_highest_is_the_default() -> None:
         needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
         assert ("avx512" in levels) == needed.issubset(flags)
         assert ("avx512_bf16" in levels) == {*needed, "avx512_bf16"}.issubset(flags)
+        amx = {*needed, "avx512_bf16", "amx_tile", "amx_bf16"}
+        assert ("avx512_amx" in levels) == amx.issubset(flags)
     elif platform.machine() == "aarch64":
         assert levels == ("portable", "neon")
 

@@ -11,31 +11,45 @@ CVFAST_INLINE Vec hardswish(Vec x) {
     return mul(mul(x, relu6(add(x, set1(3.f)))), set1(1.f / 6.f));
 }
 
-CVFAST_INLINE Vec activate(Vec x, Activation activation) {
-    switch (activation) {
-        case Activation::none:
-            return x;
-        case Activation::relu:
-            return max_keep_nan(x, 0.f);
-        case Activation::relu6:
-            return relu6(x);
-        case Activation::hardswish:
-            return hardswish(x);
-        case Activation::hardsigmoid:
-            return hardsigmoid(x);
-    }
+template <Activation kActivation>
+CVFAST_INLINE Vec activate_as(Vec x) {
+    if constexpr (kActivation == Activation::relu) return max_keep_nan(x, 0.f);
+    if constexpr (kActivation == Activation::relu6) return relu6(x);
+    if constexpr (kActivation == Activation::hardswish) return hardswish(x);
+    if constexpr (kActivation == Activation::hardsigmoid) return hardsigmoid(x);
     return x;
+}
+
+template <Activation kActivation, int kRows, int kColumns>
+CVFAST_INLINE void activate_all_as(Vec (&tile)[kRows][kColumns]) {
+    CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
+        CVFAST_UNROLL for (int c = 0; c < kColumns; ++c) {
+            tile[r][c] = activate_as<kActivation>(tile[r][c]);
+        }
+    }
 }
 
 // All vectors of a register tile.
 template <int kRows, int kColumns>
 CVFAST_INLINE void activate_all(Vec (&tile)[kRows][kColumns], Activation activation) {
-    if (activation == Activation::none) return;
-    CVFAST_UNROLL for (int r = 0; r < kRows; ++r) {
-        CVFAST_UNROLL for (int c = 0; c < kColumns; ++c) {
-            tile[r][c] = activate(tile[r][c], activation);
-        }
+    switch (activation) {
+        case Activation::none:
+            return;
+        case Activation::relu:
+            return activate_all_as<Activation::relu>(tile);
+        case Activation::relu6:
+            return activate_all_as<Activation::relu6>(tile);
+        case Activation::hardswish:
+            return activate_all_as<Activation::hardswish>(tile);
+        case Activation::hardsigmoid:
+            return activate_all_as<Activation::hardsigmoid>(tile);
     }
+}
+
+CVFAST_INLINE Vec activate(Vec x, Activation activation) {
+    Vec tile[1][1] = {{x}};
+    activate_all(tile, activation);
+    return tile[0][0];
 }
 
 }  // namespace cvfast::CVFAST_ISA_NAMESPACE

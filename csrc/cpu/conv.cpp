@@ -9,6 +9,7 @@
 
 #define CVFAST_KERNEL_SOURCE "cpu/conv_kernel.h"
 #define CVFAST_KERNEL_BF16_DOT
+#define CVFAST_KERNEL_AMX
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
@@ -24,9 +25,26 @@ constexpr int64_t kMinColumns = 56;
 // Threads pay when each has at least this many nanoseconds of work: waking one costs about 3 us.
 constexpr double kNanosecondsPerThread = 4000;
 constexpr double kMultiplyAddsPerNanosecond = 100;
+// By AMX; of bfloat16 in pairs.
+constexpr double kAmxPerNanosecond = 500, kAmxFloatPerNanosecond = 200;
+// Results that it leaves, at least as many as that with few input channels.
+constexpr double kAmxResultsPerNanosecond = 6;
 constexpr double kBytesPerNanosecond = 60;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether AMX multiplies where the algorithm is direct.
+template <class T>
+bool takes_amx(const ConvShape& s) {
+    if (s.algorithm != ConvAlgorithm::direct || !has_amx() || std::is_same_v<T, Half>) return false;
+    return std::is_same_v<T, BFloat16> || !has_few_channels(s);
+}
+
+template <class T>
+double multiply_adds_per_nanosecond(bool amx) {
+    if (!amx) return kMultiplyAddsPerNanosecond;
+    return std::is_same_v<T, BFloat16> ? kAmxPerNanosecond : kAmxFloatPerNanosecond;
+}
 
 template <class T>
 int useful_threads(const ConvShape& s, int threads) {
@@ -34,12 +52,18 @@ int useful_threads(const ConvShape& s, int threads) {
         double(s.batch) * double(s.out_height * s.out_width) * double(s.out_channels);
     const double products =
         outputs * double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
-    const double worth = products / kMultiplyAddsPerNanosecond / kNanosecondsPerThread;
+    const double rate = multiply_adds_per_nanosecond<T>(takes_amx<T>(s));
+    const double results = takes_amx<T>(s) ? outputs / kAmxResultsPerNanosecond : 0;
+    const double worth = (products / rate + results) / kNanosecondsPerThread;
     return worth >= threads ? threads : std::max(1, static_cast<int>(worth));
 }
 
+// The input rows of a block in scratch memory; with AMX of all pieces.
 template <class T>
-int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns) {
+int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns, bool amx) {
+    if constexpr (!std::is_same_v<T, Half>) {
+        if (amx) return amx_rows<T>(s, 1, rows, columns).bytes();
+    }
     return packed_rows<T>(s, rows, columns).words() * int64_t{sizeof(float)};
 }
 
@@ -61,20 +85,22 @@ ConvShape upright(ConvShape s) {
 }
 
 template <class T>
-ConvPlan direct_plan(const ConvShape& s, int threads) {
+ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
     ConvPlan plan{};
     plan.threads = threads;
+    plan.amx = amx;
+    const double rate = multiply_adds_per_nanosecond<T>(amx);
     const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     const double weights = taps * double(s.out_channels) * sizeof(float);
     const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : kPackedBytes;
     plan.images = 1;
     plan.columns = s.out_width;
-    while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns) > most_packed) {
+    while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns, amx) > most_packed) {
         plan.columns = ceil_div(plan.columns, 2);
     }
     const int64_t column_blocks = ceil_div(s.out_width, plan.columns);
-    const int64_t one = packed_bytes<T>(s, 1, plan.columns);
-    const int64_t all = packed_bytes<T>(s, s.out_height, plan.columns);
+    const int64_t one = packed_bytes<T>(s, 1, plan.columns, amx);
+    const int64_t all = packed_bytes<T>(s, s.out_height, plan.columns, amx);
     int64_t least_blocks = 1, most_images = 1;
     if (all > most_packed) {
         const int64_t more = s.out_height == 1 ? 1 : (all - one) / (s.out_height - 1);
@@ -98,9 +124,9 @@ ConvPlan direct_plan(const ConvShape& s, int threads) {
         const double blocks = double(ceil_div(others * row_blocks, parts));
         const double pixels = double(images * rows * plan.columns);
         const double channels = double(ceil_div(panels, channel_blocks) * kConvPanel);
-        const double packed = double(images) * double(packed_bytes<T>(s, rows, plan.columns));
+        const double packed = double(images) * double(packed_bytes<T>(s, rows, plan.columns, amx));
         const double time =
-            blocks * (pixels * channels * taps / kMultiplyAddsPerNanosecond +
+            blocks * (pixels * channels * taps / rate +
                       (packed + channels * taps * sizeof(float)) / kBytesPerNanosecond);
         if (time < least) {
             least = time;
@@ -112,7 +138,17 @@ ConvPlan direct_plan(const ConvShape& s, int threads) {
     const int64_t rows = ceil_div(s.out_height, plan.row_blocks);
     plan.pixel_blocks = ceil_div(s.batch, plan.images) * plan.row_blocks * column_blocks;
     plan.scratch_bytes =
-        run_list_bytes<T>(s) + plan.images * packed_bytes<T>(s, rows, plan.columns);
+        run_list_bytes<T>(s) + plan.images * packed_bytes<T>(s, rows, plan.columns, amx);
+    if constexpr (!std::is_same_v<T, Half>) {
+        if (amx) {
+            const AmxRows p = amx_rows<T>(s, plan.images, rows, plan.columns);
+            plan.scratch_bytes = p.run_bytes() + p.bytes();
+            if (std::is_same_v<T, float>) {
+                plan.scratch_bytes +=
+                    amx_weights_bytes<T>(p.run_count, p.run_values, s.out_channels);
+            }
+        }
+    }
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
@@ -137,6 +173,11 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
                           std::min(s.out_width, column + plan.columns),
                           channels * panels / plan.channel_blocks,
                           (channels + 1) * panels / plan.channel_blocks};
+#if defined(__x86_64__)
+    if constexpr (!std::is_same_v<T, Half>) {
+        if (plan.amx) return avx512_amx::conv_amx_block(s, operands, block, scratch);
+    }
+#endif
     kernels[static_cast<int>(current_isa())](s, operands, block, scratch);
 }
 
@@ -147,7 +188,8 @@ ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads) {
     threads = useful_threads<T>(s, threads);
     switch (s.algorithm) {
         case ConvAlgorithm::direct:
-            return direct_plan<T>(upright(s), threads);
+            if (takes_amx<T>(s)) return direct_plan<T>(s, threads, true);
+            return direct_plan<T>(upright(s), threads, false);
         case ConvAlgorithm::winograd_1d:
             return winograd_1d_plan(upright(s), threads);
         default:
@@ -162,7 +204,7 @@ void run_tasks(const ConvShape& s, const ConvOperands<T>& operands, const ConvPl
     for (; begin < end; ++begin) {
         switch (s.algorithm) {
             case ConvAlgorithm::direct:
-                direct_task(shape, plan, operands, begin, scratch);
+                direct_task(plan.amx ? s : shape, plan, operands, begin, scratch);
                 break;
             case ConvAlgorithm::winograd_1d:
                 winograd_1d_task(shape, plan, operands, begin, scratch);

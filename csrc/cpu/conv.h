@@ -7,6 +7,7 @@
 
 #include "common/activation.h"
 #include "common/types.h"
+#include "cpu/amx.h"
 #include "cpu/call.h"
 
 namespace cvfast {
@@ -86,6 +87,7 @@ struct ConvPlan : Cut {
     int64_t images, row_blocks, columns;  // direct: a pixel block's images and columns at most
     int64_t tiles;                        // Winograd: of one pixel block at most
     int64_t lines;                        // Winograd along an axis: the same
+    bool amx;                             // direct: products are those of AMX
 };
 
 template <class T>

@@ -237,7 +237,7 @@ void depthwise_rows_of(const DepthwiseShape& s, const T* x, const float* packed,
 }  // namespace CVFAST_ISA_NAMESPACE
 }  // namespace cvfast
 
-#if defined(CVFAST_BF16_DOT)
+#if defined(CVFAST_BF16_DOT) && !defined(CVFAST_HAS_AMX)
 #include "cpu/depthwise_dot.h"
 #endif
 
@@ -246,7 +246,7 @@ namespace cvfast::CVFAST_ISA_NAMESPACE {
 template <class T>
 void depthwise_rows(const DepthwiseShape& s, const T* x, const float* packed, T* out,
                     const DepthwiseRange& range) {
-#if defined(CVFAST_BF16_DOT)
+#if defined(CVFAST_BF16_DOT) && !defined(CVFAST_HAS_AMX)
     if constexpr (std::is_same_v<T, BFloat16>) {
         if (takes_dot(s)) return depthwise_dot(s, x, packed, out, range);
     }

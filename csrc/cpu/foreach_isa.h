@@ -1,6 +1,7 @@
 // Compiles CVFAST_KERNEL_SOURCE once per instruction-set level, each in its own namespace
-// (cvfast::portable; on x86 cvfast::avx2, cvfast::avx512, and cvfast::avx512_bf16 where
-// CVFAST_KERNEL_BF16_DOT says that the kernel uses its bfloat16 dot product; on ARM cvfast::neon).
+// (cvfast::portable; on x86 cvfast::avx2, cvfast::avx512, cvfast::avx512_bf16 where
+// CVFAST_KERNEL_BF16_DOT says that the kernel uses its bfloat16 dot product, and cvfast::avx512_amx
+// where CVFAST_KERNEL_AMX says so of AMX; on ARM cvfast::neon).
 //
 // Code compiled for a high level must not leak into the baseline: an inline function of the
 // standard library instantiated under a target pragma could be the copy that the linker keeps. So
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 #if defined(__x86_64__)
@@ -85,9 +87,31 @@ namespace avx512_bf16 = avx512;
 }
 #endif
 
+#if defined(CVFAST_KERNEL_AMX)
+CVFAST_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define CVFAST_ISA_NAMESPACE avx512_amx
+#define CVFAST_BF16_DOT
+#define CVFAST_HAS_AMX
+#include "cpu/simd_avx512.h"
+#include "cpu/opaque.h"
+#include "cpu/activation.h"
+#include CVFAST_KERNEL_SOURCE
+#undef CVFAST_HAS_AMX
+#undef CVFAST_BF16_DOT
+#undef CVFAST_ISA_NAMESPACE
+CVFAST_TARGET_END
+#else
+// VDPBF16PS takes four times as long as a multiply-add on processors with AMX, so other kernels
+// compute as at avx512.
+namespace cvfast {
+namespace avx512_amx = avx512;
+}
+#endif
+
 // One entry per level, in the order of Isa.
-#define CVFAST_ISA_TABLE(function) \
-    {portable::function, avx2::function, avx512::function, avx512_bf16::function}
+#define CVFAST_ISA_TABLE(function)                                                \
+    {portable::function, avx2::function, avx512::function, avx512_bf16::function, \
+     avx512_amx::function}
 
 #elif defined(__aarch64__)
 

@@ -2,6 +2,7 @@
 
 #define CVFAST_KERNEL_SOURCE "cpu/inverted_residual_kernel.h"
 #define CVFAST_KERNEL_BF16_DOT
+#define CVFAST_KERNEL_AMX
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
@@ -103,13 +104,15 @@ void lay_out(const InvertedResidualShape& s, const InvertedResidualOperands<T>& 
         }
     }
     p.pack_offset = bytes;
-    p.pack_x = o.expand && pointwise_must_pack<T>(s.in_channels, s.x_pixel, p.chunk);
-    p.pack_d = o.project && pointwise_must_pack<T>(s.hidden, p.d_pixel, s.out_channels);
+    p.pack_x = o.expand && pointwise_must_pack<T>(s.in_channels, s.x_pixel, p.chunk, p.amx);
+    p.pack_d = o.project && pointwise_must_pack<T>(s.hidden, p.d_pixel, s.out_channels, p.amx);
     const int64_t packed_x =
         p.pack_x ? s.width * pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>) : 0;
     const int64_t packed_d =
         p.pack_d ? pixels * pointwise_packed_pixel(p.chunk, kPointwiseSize<T>) : 0;
-    p.scratch_bytes = bytes + std::max(packed_x, packed_d);
+    const int64_t weights =
+        p.amx ? amx_weights_bytes<BFloat16>(1, std::max(s.in_channels, p.chunk), 0) : 0;
+    p.scratch_bytes = bytes + std::max(packed_x, packed_d) + weights;
 }
 
 }  // namespace
@@ -124,6 +127,7 @@ InvertedResidualPlan make_plan(const InvertedResidualShape& s, const InvertedRes
     p.threads = worth >= threads ? threads : std::max(1, static_cast<int>(worth));
     p.bands = bands_for(s, o.expand, o.project, p.threads);
     choose_strip_and_chunk<T>(s, o.expand, p);
+    p.amx = std::is_same_v<T, BFloat16> && has_amx();
     p.tasks = s.batch * p.bands;
     lay_out(s, o, p);
     return p;

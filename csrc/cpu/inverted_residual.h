@@ -49,6 +49,7 @@ struct InvertedResidualPlan : Cut {
     // and the projection's sums, of a strip each, and pixels packed for either product.
     int64_t d_offset, sums_offset, pack_offset;
     bool pack_x, pack_d;
+    bool amx;  // products are AMX's
 };
 
 template <class T>

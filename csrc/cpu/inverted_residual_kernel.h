@@ -47,7 +47,7 @@ void clear_padding(const InvertedResidualBand<T>& band, T* ring, int64_t rows) {
 // Expands rows of x into channels [c, c + n) of the hidden tensor.
 template <class T>
 void expand_rows(const InvertedResidualBand<T>& band, SourceRows rows, int64_t c, int64_t n,
-                 T* ring) {
+                 T* ring, MatrixUnit& unit) {
     const InvertedResidualShape& s = band.shape;
     const InvertedResidualPlan& p = band.plan;
     PointwiseBlock<T> block{};
@@ -60,11 +60,12 @@ void expand_rows(const InvertedResidualBand<T>& band, SourceRows rows, int64_t c
     block.activation = s.expand_activation;
     block.segment = pointwise_segment(s.width * s.height);
     block.pack = p.pack_x;
+    block.amx = p.amx;
     block.scratch = band.scratch + p.pack_offset;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         block.operands.x = band.operands.x + row * s.x_row;
         block.operands.out = ring + (row % p.ring_rows * p.ring_width + s.pad_left) * p.ring_pixel;
-        pointwise_block(block);
+        pointwise_block(block, unit);
     }
 }
 
@@ -111,7 +112,7 @@ void convolve_rows(const InvertedResidualBand<T>& band, int64_t begin, int64_t e
 // Adds the part of hidden channels [c, c + n) to the output rows [begin, end), or completes them.
 template <class T>
 void project_rows(const InvertedResidualBand<T>& band, int64_t begin, int64_t end, int64_t c,
-                  int64_t n, const T* d) {
+                  int64_t n, const T* d, MatrixUnit& unit) {
     const InvertedResidualShape& s = band.shape;
     const InvertedResidualPlan& p = band.plan;
     PointwiseBlock<T> block{};
@@ -127,6 +128,7 @@ void project_rows(const InvertedResidualBand<T>& band, int64_t begin, int64_t en
     block.activation = s.activation;
     block.segment = pointwise_segment(s.out_width * s.out_height);
     block.pack = p.pack_d;
+    block.amx = p.amx;
     block.scratch = band.scratch + p.pack_offset;
     float* sums = n < s.hidden ? reinterpret_cast<float*>(band.scratch + p.sums_offset) : nullptr;
     const bool even = s.out_row == s.out_width * s.out_pixel &&
@@ -139,7 +141,7 @@ void project_rows(const InvertedResidualBand<T>& band, int64_t begin, int64_t en
             block.operands.residual = band.operands.residual + row * s.residual_row;
         }
         block.sums = sums;
-        pointwise_block(block);
+        pointwise_block(block, unit);
         block.operands.x += block.rows * p.d_pixel;
         if (sums) sums += block.rows * pointwise_panels(s.out_channels) * kPointwisePanel;
     }
@@ -186,6 +188,7 @@ void inverted_residual_band(const InvertedResidualBand<T>& band) {
     const InvertedResidualShape& s = band.shape;
     const InvertedResidualPlan& p = band.plan;
     const InvertedResidualOperands<T>& o = band.operands;
+    MatrixUnit unit;
     T* const rings = reinterpret_cast<T*>(band.scratch);
     const int64_t chunks = (s.hidden + p.chunk - 1) / p.chunk;
     if (o.expand) clear_padding(band, rings, (p.one_strip ? 1 : chunks) * p.ring_rows);
@@ -199,12 +202,12 @@ void inverted_residual_band(const InvertedResidualBand<T>& band) {
             const int64_t n = std::min(p.chunk, s.hidden - c);
             T* ring = rings;
             if (!p.one_strip) ring += c / p.chunk * p.ring_rows * p.ring_width * p.ring_pixel;
-            if (o.expand) expand_rows(band, rows, c, n, ring);
+            if (o.expand) expand_rows(band, rows, c, n, ring, unit);
             if (o.project) {
                 T* d = reinterpret_cast<T*>(band.scratch + p.d_offset);
                 convolve_rows(band, row, row_end, c, n, ring, d, s.out_width * p.d_pixel,
                               p.d_pixel);
-                project_rows(band, row, row_end, c, n, d);
+                project_rows(band, row, row_end, c, n, d, unit);
             } else {
                 T* d = o.out + row * s.out_row + c;
                 convolve_rows(band, row, row_end, c, n, ring, d, s.out_row, s.out_pixel);

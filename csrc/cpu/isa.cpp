@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace cvfast {
@@ -21,6 +23,13 @@ uint64_t saved_state() {
     return (uint64_t{high} << 32) | low;
 }
 
+// AMX needs the kernel's permission, for the process and for good: its registers enlarge what is
+// saved for a signal handler, and Linux then refuses alternate stacks that are too small for it.
+bool may_use_tiles() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 Isa detect() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::portable;
@@ -33,8 +42,12 @@ Isa detect() {
     if (!(avx && fma && f16c && avx2 && (state & kYmm) == kYmm)) return Isa::portable;
     const bool avx512 = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);  // F, DQ, BW, VL
     if (!(avx512 && (state & kZmm) == kZmm)) return Isa::avx2;
+    const bool amx = has(d, 22) && has(d, 24);  // BF16, TILE
     const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
-    return bf16 ? Isa::avx512_bf16 : Isa::avx512;
+    if (!bf16) return Isa::avx512;
+    constexpr uint64_t kTiles = 0x60000;  // their shapes and contents
+    return amx && (state & kTiles) == kTiles && may_use_tiles() ? Isa::avx512_amx
+                                                                : Isa::avx512_bf16;
 }
 
 #elif defined(__aarch64__)
@@ -60,6 +73,14 @@ Isa best_isa() {
 }
 
 Isa current_isa() { return active().load(std::memory_order_relaxed); }
+
+bool has_amx() {
+#if defined(__x86_64__)
+    return current_isa() == Isa::avx512_amx;
+#else
+    return false;
+#endif
+}
 
 bool select_isa(Isa level) {
     if (level > best_isa()) return false;

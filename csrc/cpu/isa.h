@@ -8,8 +8,9 @@ namespace cvfast {
 
 // The levels of this architecture, lowest first.
 #if defined(__x86_64__)
-enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
-inline constexpr std::string_view kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+enum class Isa : int { portable, avx2, avx512, avx512_bf16, avx512_amx };
+inline constexpr std::string_view kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16",
+                                                 "avx512_amx"};
 #elif defined(__aarch64__)
 enum class Isa : int { portable, neon };
 inline constexpr std::string_view kIsaNames[] = {"portable", "neon"};
@@ -25,6 +26,9 @@ Isa best_isa();
 
 // The level in use: best_isa() until select_isa() says otherwise.
 Isa current_isa();
+
+// Whether the level in use has AMX.
+bool has_amx();
 
 // Returns false, and changes nothing, where `level` is not available.
 bool select_isa(Isa level);

@@ -8,6 +8,7 @@
 
 #define CVFAST_KERNEL_SOURCE "cpu/pointwise_kernel.h"
 #define CVFAST_KERNEL_BF16_DOT
+#define CVFAST_KERNEL_AMX
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
@@ -18,16 +19,37 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Threads pay when each has at least this many nanoseconds of work: waking one costs about 3 us.
 constexpr double kNanosecondsPerThread = 4000;
 constexpr double kMultiplyAddsPerNanosecond = 100;
-constexpr double kBytesPerNanosecond = 60;
+// By AMX, in bfloat16 and in float, which takes six products.
+constexpr double kAmxPerNanosecond = 1000, kAmxFloatPerNanosecond = 200;
+constexpr double kSplitNanoseconds = 0.15;  // to split a float, and to bring it there
+constexpr double kBytesPerNanosecond = 60, kAmxBytesPerNanosecond = 20;
 
 // The pixels of a block stay in the L2 cache while every panel of weights passes over them.
 const int64_t kBlockBytes = l2_bytes() / 4;
 constexpr int64_t kTileRows = 14;
 
-// Whether pixels are brought into scratch memory before they are multiplied.
+// Whether AMX multiplies. Float pixels and weights are first split in pieces, each as often as
+// there are blocks of the other: that must pay. From the shape alone, for results depend on it.
 template <class T>
-bool needs_pack(const PointwiseShape& s, const PointwiseOperands<T>& o) {
-    return o.scale || o.gate || pointwise_must_pack<T>(s.in_channels, s.x_pixel, s.out_channels);
+bool takes_amx(const PointwiseShape& s) {
+    if (!has_amx() || std::is_same_v<T, Half>) return false;
+    if (std::is_same_v<T, BFloat16>) return true;
+    return s.batch * s.height * s.width >= 64 && s.in_channels >= 64 && s.out_channels >= 64;
+}
+
+template <class T>
+double multiply_adds_per_nanosecond(bool amx) {
+    if (!amx) return kMultiplyAddsPerNanosecond;
+    return std::is_same_v<T, BFloat16> ? kAmxPerNanosecond : kAmxFloatPerNanosecond;
+}
+
+// Bytes of a pixel in scratch memory.
+template <class T>
+int64_t scratch_pixel(const PointwiseShape& s, bool amx) {
+    if (amx && std::is_same_v<T, float>) {
+        return kPieces * pointwise_packed_pixel(s.in_channels, sizeof(BFloat16));
+    }
+    return pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>);
 }
 
 struct Blocks {
@@ -37,10 +59,11 @@ struct Blocks {
 // The cut for `threads` threads whose slowest thread has least to do: multiply-adds, and bytes of
 // pixels and weights that it reads.
 template <class T>
-Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads) {
+Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads, bool amx) {
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
-    const int64_t pixel = pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>);
-    const int64_t most_rows = std::max(kTileRows, kBlockBytes / pixel / kTileRows * kTileRows);
+    const int64_t pixel = scratch_pixel<T>(s, amx);
+    const int64_t block_bytes = amx && std::is_same_v<T, float> ? 2 * kBlockBytes : kBlockBytes;
+    const int64_t most_rows = std::max(kTileRows, block_bytes / pixel / kTileRows * kTileRows);
     Blocks best{};
     double least = std::numeric_limits<double>::infinity();
     for (int64_t panel_blocks = 1; panel_blocks <= std::min<int64_t>(threads, panels);
@@ -49,12 +72,18 @@ Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int t
         const int64_t parts_per_run = std::min(ceil_div(parts, runs), run_rows);
         const int64_t row_blocks =
             ceil_div(ceil_div(run_rows, most_rows), parts_per_run) * parts_per_run;
-        const double rows =
-            double(ceil_div(runs * row_blocks, parts)) * double(ceil_div(run_rows, row_blocks));
+        // AMX takes two tiles of rows at a time.
+        constexpr int64_t kTwoTiles = 2 * kAmxRows;
+        const int64_t block_rows = ceil_div(run_rows, row_blocks);
+        const double rows = double(ceil_div(runs * row_blocks, parts)) *
+                            double(amx ? ceil_div(block_rows, kTwoTiles) * kTwoTiles : block_rows);
         const double channels = double(ceil_div(panels, panel_blocks) * kPointwisePanel);
+        const double nanoseconds = amx && std::is_same_v<T, float>
+                                       ? kSplitNanoseconds
+                                       : double(sizeof(T)) / kBytesPerNanosecond;
         const double time =
-            double(s.in_channels) * (rows * channels / kMultiplyAddsPerNanosecond +
-                                     (rows + channels) * double(sizeof(T)) / kBytesPerNanosecond);
+            double(s.in_channels) * (rows * channels / multiply_adds_per_nanosecond<T>(amx) +
+                                     (rows + channels) * nanoseconds);
         if (time < least) {
             least = time;
             best = {row_blocks, panel_blocks};
@@ -96,19 +125,24 @@ PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, 
     const double pixels = double(s.batch) * double(s.height * s.width);
     const double in = double(s.in_channels), out = double(s.out_channels);
     const double bytes = (pixels * (in + out) + in * out) * double(sizeof(T));
-    const double time =
-        pixels * in * out / kMultiplyAddsPerNanosecond + bytes / kBytesPerNanosecond;
+    p.amx = takes_amx<T>(s);
+    const double time = pixels * in * out / multiply_adds_per_nanosecond<T>(p.amx) +
+                        bytes / (p.amx ? kAmxBytesPerNanosecond : kBytesPerNanosecond);
     const double worth = time / kNanosecondsPerThread;
     p.threads = worth >= threads ? threads : std::max(1, static_cast<int>(worth));
 
-    const Blocks blocks = blocks_for<T>(s, p.runs, p.run_rows, p.threads);
+    const Blocks blocks = blocks_for<T>(s, p.runs, p.run_rows, p.threads, p.amx);
     p.row_blocks = blocks.row_blocks;
     p.panel_blocks = blocks.panel_blocks;
     p.tasks = p.runs * p.row_blocks * p.panel_blocks;
-    p.pack = needs_pack(s, o) || p.line < p.run_rows;
-    if (p.pack) {
-        p.scratch_bytes = ceil_div(p.run_rows, p.row_blocks) *
-                          pointwise_packed_pixel(s.in_channels, kPointwiseSize<T>);
+    p.pack = o.scale || o.gate || p.line < p.run_rows ||
+             pointwise_must_pack<T>(s.in_channels, s.x_pixel, s.out_channels, p.amx);
+    if (p.pack || (p.amx && std::is_same_v<T, float>)) {
+        p.scratch_bytes = ceil_div(p.run_rows, p.row_blocks) * scratch_pixel<T>(s, p.amx);
+    }
+    const bool half_panel = pointwise_whole_channels(s.out_channels) < s.out_channels;
+    if (p.amx && (half_panel || std::is_same_v<T, float>)) {
+        p.scratch_bytes += amx_weights_bytes<T>(1, s.in_channels, s.out_channels);
     }
     return p;
 }
@@ -117,7 +151,7 @@ template <class T>
 void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const PointwisePlan& p,
                int64_t begin, int64_t end, void* scratch) {
     using Kernel = void (*)(const PointwiseBlock<T>&);
-    static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(pointwise_block<T>);
+    static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(pointwise_task<T>);
     const Kernel kernel = kernels[static_cast<int>(current_isa())];
 
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
@@ -130,6 +164,7 @@ void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const Poi
     block.activation = s.activation;
     block.segment = pointwise_segment(p.run_rows);
     block.pack = p.pack;
+    block.amx = p.amx;
     block.scratch = scratch;
     block.line = p.line;
     block.x_line = s.x_row;

@@ -7,6 +7,7 @@
 
 #include "common/activation.h"
 #include "common/types.h"
+#include "cpu/amx.h"
 #include "cpu/call.h"
 
 namespace cvfast {
@@ -64,18 +65,20 @@ constexpr int64_t pointwise_panels(int64_t out_channels) {
 }
 
 // Words that are summed one after another; the sums of such segments are added to each other. One
-// long sum of 1024 float products had over twice the error of PyTorch's. A product of three pixels
+// long sum of 1024 float products had over twice the error of PyTorch's. A product of eight pixels
 // or fewer, which is bound by memory and which PyTorch sums in many lanes, takes shorter ones.
-constexpr int64_t pointwise_segment(int64_t pixels) { return pixels <= 3 ? 32 : 128; }
+constexpr int64_t pointwise_segment(int64_t pixels) { return pixels <= 8 ? 32 : 128; }
 
 // To bring pixels into scratch memory pays where this many output channels read them from there.
 inline constexpr int64_t kPackedChannels = 64;
 
 // Whether pixels must be brought into scratch memory before they are multiplied, or had better be.
 template <class T>
-constexpr bool pointwise_must_pack(int64_t in_channels, int64_t x_pixel, int64_t out_channels) {
+constexpr bool pointwise_must_pack(int64_t in_channels, int64_t x_pixel, int64_t out_channels,
+                                   bool amx) {
     if (std::is_same_v<T, Half>) return true;
     if (in_channels * int64_t{sizeof(T)} % 4 != 0) return true;  // half a word would be left over
+    if (amx) return false;
     // Pixels a multiple of 4096 bytes apart share one set of the L1 cache, which has fewer ways
     // than a tile has pixels. The copy pays where enough weights pass over it.
     return x_pixel * int64_t{sizeof(T)} % 4096 == 0 && out_channels >= kPackedChannels;
@@ -103,6 +106,7 @@ struct PointwisePlan : Cut {
                                        // or of one of its lines, which packing brings together
     int64_t row_blocks, panel_blocks;  // of each run
     bool pack;                         // pixels are brought into scratch memory
+    bool amx;                          // products are AMX's
 };
 
 template <class T>

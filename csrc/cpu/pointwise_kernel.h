@@ -4,6 +4,10 @@
 // Per word of input channels it loads its vectors of weights once, and broadcasts one word of each
 // pixel: 14 pixels times 2 vectors take 16 loads for 28 multiply-adds, so arithmetic is the limit.
 
+#if defined(CVFAST_HAS_AMX)
+#include "cpu/amx_kernel.h"
+#endif
+
 namespace cvfast {
 
 #ifndef CVFAST_POINTWISE_BLOCK
@@ -21,6 +25,7 @@ struct PointwiseBlock {
     int64_t chunk_begin, chunk;
     float* sums;  // not needed where one chunk is all
     bool pack;    // bring the pixels into scratch, by pointwise_pack, before they are read
+    bool amx;     // multiply by AMX; scratch then holds weights too, amx_weights_bytes()
     void* scratch;
     // Packed: where line > 0, pixels of the source lie evenly apart in lines of this many, x_line
     // from line to line; the first is its line's pixel `column`.
@@ -377,32 +382,51 @@ CVFAST_INLINE Vec pointwise_source(const PointwiseOperands<T>& o, const T* x, in
     return v;
 }
 
-// Brings the pixels of a block into its scratch memory, as A, zero in the last word's unused half.
-template <class A, class T>
-void pointwise_pack(const PointwiseBlock<T>& block) {
+// Hands the sources of a block's pixels to store(pixel, channel, vector, channels of the vector);
+// no lambda, which GCC 12 compiles for the baseline.
+template <class T, class Store>
+CVFAST_INLINE void for_sources(const PointwiseBlock<T>& block, const Store& store) {
     const PointwiseOperands<T>& o = block.operands;
     const int64_t channels = block.chunk;
-    const int64_t pixel = pointwise_packed_pixel(channels, sizeof(A)) / int64_t{sizeof(A)};
     const T* x = o.x;
-    A* a = static_cast<A*>(block.scratch);
     int64_t column = block.column;
-    for (int64_t r = 0; r < block.rows; ++r, x += block.x_pixel, a += pixel, ++column) {
+    for (int64_t r = 0; r < block.rows; ++r, x += block.x_pixel, ++column) {
         if (column == block.line && column > 0) {
             x += block.x_line - column * block.x_pixel;
             column = 0;
         }
         int64_t c = 0;
         for (; c + kLanes <= channels; c += kLanes) {
-            store(a + c, pointwise_source<T, false>(o, x, c, kLanes));
+            store(r, c, pointwise_source<T, false>(o, x, c, kLanes), kLanes);
         }
         if (c < channels) {
             const int n = static_cast<int>(channels - c);
-            store_n(a + c, pointwise_source<T, true>(o, x, c, n), n);
-        }
-        if constexpr (sizeof(A) == 2) {
-            if (channels % 2) a[channels] = A{};
+            store(r, c, pointwise_source<T, true>(o, x, c, n), n);
         }
     }
+}
+
+template <class A>
+struct StorePacked {
+    A* packed;
+    int64_t pixel;
+
+    CVFAST_INLINE void operator()(int64_t r, int64_t c, Vec v, int n) const {
+        A* to = packed + r * pixel + c;
+        if (n == kLanes) {
+            store(to, v);
+        } else {
+            store_n(to, v, n);
+            if (sizeof(A) == 2 && n % 2) to[n] = A{};
+        }
+    }
+};
+
+// Brings the pixels of a block into its scratch memory, as A, zero in the last word's unused half.
+template <class A, class T>
+void pointwise_pack(const PointwiseBlock<T>& block) {
+    const int64_t pixel = pointwise_packed_pixel(block.chunk, sizeof(A)) / int64_t{sizeof(A)};
+    for_sources(block, StorePacked<A>{static_cast<A*>(block.scratch), pixel});
 }
 
 template <class T>
@@ -414,8 +438,69 @@ struct PointwiseMultiplied<BFloat16> {
     using Type = BFloat16;
 };
 
+#if defined(CVFAST_HAS_AMX)
+struct StorePieces {
+    char* packed;
+    int64_t pixel, piece;
+
+    CVFAST_INLINE void operator()(int64_t r, int64_t c, Vec v, int) const {
+        store_pieces(packed + r * pixel + c * int64_t{sizeof(BFloat16)}, piece, v);
+    }
+};
+
+// A block by AMX.
 template <class T>
-void pointwise_block(const PointwiseBlock<T>& block) {
+void pointwise_amx(const PointwiseBlock<T>& block, MatrixUnit& unit) {
+    static constexpr int64_t kOneRun[] = {0};
+    const PointwiseOperands<T>& o = block.operands;
+    const int64_t pixel = pointwise_packed_pixel(block.chunk, sizeof(BFloat16));
+    AmxProduct<T> t{};
+    t.scratch = static_cast<char*>(block.scratch);
+    if (std::is_same_v<T, float> || block.pack) {
+        t.a = t.scratch;
+        t.a_pixel = pixel;
+        t.a_piece = block.rows * pixel;
+        t.scratch += block.rows * pixel * kAmxPieces<T>;
+        if constexpr (std::is_same_v<T, float>) {
+            for_sources(block, StorePieces{static_cast<char*>(block.scratch), pixel, t.a_piece});
+        } else {
+            pointwise_pack<BFloat16>(block);
+        }
+    } else {
+        t.a = reinterpret_cast<const char*>(o.x);
+        t.a_pixel = block.x_pixel * int64_t{sizeof(T)};
+    }
+    t.runs = kOneRun;
+    t.run_count = 1;
+    t.run_values = block.chunk;
+    t.lines = t.lines_per_image = 1;
+    t.positions = t.period = t.valid = block.rows;
+    t.weights = o.packed + kPointwisePanel;
+    t.first_row = block.chunk_begin * kPointwiseSize<T> / 4;
+    t.bias = o.packed;
+    t.panel = (pointwise_words<T>(block.in_channels) + 1) * kPointwisePanel;
+    t.channels = block.out_channels;
+    t.half = pointwise_whole_channels(block.out_channels) < block.out_channels;
+    t.residual = o.residual;
+    t.residual_pixel = block.residual_pixel;
+    t.out = o.out;
+    t.out_pixel = block.out_pixel;
+    t.activation = block.activation;
+    if (block.chunk_begin > 0) t.sums_before = block.sums;
+    if (block.chunk_begin + block.chunk < block.in_channels) t.sums_after = block.sums;
+    amx_product(t, unit);
+}
+#else
+class MatrixUnit {};
+#endif
+
+template <class T>
+void pointwise_block(const PointwiseBlock<T>& block, [[maybe_unused]] MatrixUnit& unit) {
+#if defined(CVFAST_HAS_AMX)
+    if constexpr (!std::is_same_v<T, Half>) {
+        if (block.amx) return pointwise_amx(block, unit);
+    }
+#endif
     using A = typename PointwiseMultiplied<T>::Type;
     if (block.pack) {
         pointwise_pack<A>(block);
@@ -425,6 +510,12 @@ void pointwise_block(const PointwiseBlock<T>& block) {
         pointwise_columns<A>(block, reinterpret_cast<const char*>(block.operands.x),
                              block.x_pixel * int64_t{sizeof(A)});
     }
+}
+
+template <class T>
+void pointwise_task(const PointwiseBlock<T>& block) {
+    MatrixUnit unit;
+    pointwise_block(block, unit);
 }
 
 }  // namespace CVFAST_ISA_NAMESPACE

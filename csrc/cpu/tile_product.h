@@ -29,6 +29,9 @@ struct TileProduct {
     const float* b;
     int64_t b_row;  // words from row to row
     int64_t panel;  // words from panel to panel
+    // Sums of earlier runs that are added, and that are left to later ones instead of a result.
+    const float* sums_before;
+    float* sums_after;
 };
 
 // What becomes of the sums: activation(sum + bias + residual).
@@ -154,6 +157,21 @@ void tile_product(const TileProduct<W>& t, const TileResult<T>& result) {
                 opaque(a[i]);
             }
         }
+    }
+    if (t.sums_before != nullptr) {
+        CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                sums[r][v] = add(sums[r][v], load(t.sums_before + (r * V + v) * kLanes));
+            }
+        }
+    }
+    if (t.sums_after != nullptr) {
+        CVFAST_UNROLL for (int r = 0; r < kGroups * kPixels; ++r) {
+            CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+                store(t.sums_after + (r * V + v) * kLanes, sums[r][v]);
+            }
+        }
+        return;
     }
     finish_tile<kGroups, kPixels>(sums, panel, result);
 }

@@ -609,11 +609,15 @@ def test_fuses_where_measurements_say(
     channels: int, hidden: int, out: int | None, size: int, stride: int, batch: int, threads: int,
     expected: bool,
 ) -> None:  # fmt: skip
-    answer = fuses(
-        (batch, channels, size, size), hidden, out, kernel_size=(3, 3), stride=(stride, stride),
-        expands=True, threads=threads,
-    )  # fmt: skip
-    assert answer is expected
+    for level in LEVELS:
+        with isa(level):
+            answer = fuses(
+                (batch, channels, size, size), hidden, out, kernel_size=(3, 3),
+                stride=(stride, stride), expands=True, threads=threads,
+            )  # fmt: skip
+        # AMX multiplies so many channels faster in kernels of their own.
+        apart = level == "avx512_amx" and min(channels, hidden, out or hidden) >= 64
+        assert answer is (expected and not apart)
 
 
 def test_separable_blocks_fuse_for_the_output_of_the_depthwise_convolution() -> None:

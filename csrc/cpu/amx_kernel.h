@@ -1,0 +1,582 @@
+// Products of AMX; see amx.h. Included by kernels at the level avx512_amx, whose vectors are
+// AVX-512's.
+
+#include "cpu/amx.h"
+
+namespace cvfast::CVFAST_ISA_NAMESPACE {
+
+// GCC 12's intrinsics for tiles leave out what they read from memory.
+template <int kTile>
+CVFAST_INLINE void tile_zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kTile>
+CVFAST_INLINE void tile_load(const char* p, int64_t row) {
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(p), "r"(row) : "memory");
+}
+template <int kTile>
+CVFAST_INLINE void tile_store(float* p, int64_t row) {
+    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(p), "r"(row) : "memory");
+}
+template <int kSum, int kA, int kB>
+CVFAST_INLINE void tile_dot() {
+    __asm__ volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(kB), "i"(kA), "i"(kSum));
+}
+
+// The tiles' shapes, which are state of the thread, for as long as one computes. Tiles 0 to 3 hold
+// sums. Where every step of a run has 16 words, 4 and 5 hold positions and 6 and 7 weights; else 4
+// and 6 do, and 5 and 7 hold the last step's.
+class MatrixUnit {
+  public:
+    MatrixUnit() = default;
+    MatrixUnit(const MatrixUnit&) = delete;
+    ~MatrixUnit() {
+        if (rows_ != 0) __asm__ volatile("tilerelease" ::: "memory");
+    }
+
+    void shape(int rows, int last_words) {
+        if (rows == rows_ && last_words == last_words_) return;
+        rows_ = rows, last_words_ = last_words;
+        struct alignas(64) {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        } shapes{};
+        shapes.palette = 1;
+        const auto tile = [&](int i, int words, int height) {
+            shapes.row_bytes[i] = static_cast<uint16_t>(words * 4);
+            shapes.rows[i] = static_cast<uint8_t>(height);
+        };
+        for (int i = 0; i < 4; ++i) tile(i, kAmxWords, rows);
+        tile(4, kAmxWords, rows);
+        tile(5, last_words, rows);
+        tile(6, kAmxWords, kAmxRows);
+        tile(7, kAmxWords, last_words);
+        __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
+    }
+
+  private:
+    int rows_ = 0, last_words_ = 0;
+};
+
+// How a step uses tiles 4 to 7.
+enum class StepTiles {
+    both,   // two of positions, two of weights: each is loaded once
+    whole,  // 4 and 6
+    last,   // 5 and 7
+};
+
+// Adds to sums m * N + n the product of positions m and weights n. kLoadA, kLoadB: with `both`,
+// whether positions and weights are others than at the call before.
+template <int M, int N, StepTiles kTiles, bool kLoadA = true, bool kLoadB = true, int kStep = 0>
+CVFAST_INLINE void multiply_tiles(const char* const (&a)[M], int64_t a_row,
+                                  const char* const (&b)[N]) {
+    static_assert((M <= 2 && N <= 2) || M == 1 || N == 1);
+    if constexpr (kStep < M * N) {
+        constexpr bool kBoth = kTiles == StepTiles::both;
+        constexpr int m = kStep / N, i = kStep % N, n = m % 2 ? N - 1 - i : i;
+        constexpr int kA = kBoth ? 4 + m % 2 : kTiles == StepTiles::whole ? 4 : 5;
+        constexpr int kB = kBoth ? 6 + n % 2 : kTiles == StepTiles::whole ? 6 : 7;
+        if constexpr (i == 0 && (kLoadA || M > 2)) tile_load<kA>(a[m], a_row);
+        constexpr bool kFirst = kBoth ? m == 0 : kStep == 0 || i > 0;
+        if constexpr (kFirst && (kLoadB || N > 2)) tile_load<kB>(b[n], 64);
+        tile_dot<m * N + n, kA, kB>();
+        multiply_tiles<M, N, kTiles, kLoadA, kLoadB, kStep + 1>(a, a_row, b);
+    }
+}
+
+// The pieces of positions and weights whose products are added, in the order of fewest loads.
+struct PiecePair {
+    int a, b;
+};
+inline constexpr PiecePair kPiecePairs[] = {{2, 0}, {1, 0}, {0, 0}, {0, 2}, {0, 1}, {1, 1}};
+
+template <int M, int N, StepTiles kTiles, class T, int kPair = 0>
+CVFAST_INLINE void multiply_pieces(const AmxProduct<T>& t, const char* const (&a)[M],
+                                   const char* const (&b)[N]) {
+    if constexpr (kAmxPieces<T> == 1) {
+        multiply_tiles<M, N, kTiles>(a, t.a_pixel, b);
+    } else if constexpr (kPair < static_cast<int>(std::size(kPiecePairs))) {
+        constexpr PiecePair pair = kPiecePairs[kPair];
+        constexpr bool kBoth = kTiles == StepTiles::both;
+        constexpr PiecePair before = kPair > 0 ? kPiecePairs[kPair - 1] : PiecePair{-1, -1};
+        const char* pa[M];
+        const char* pb[N];
+        CVFAST_UNROLL for (int m = 0; m < M; ++m) pa[m] = a[m] + pair.a * t.a_piece;
+        CVFAST_UNROLL for (int n = 0; n < N; ++n) pb[n] = b[n] + pair.b * kAmxTileBytes;
+        multiply_tiles<M, N, kTiles, !kBoth || pair.a != before.a, !kBoth || pair.b != before.b>(
+            pa, t.a_pixel, pb);
+        multiply_pieces<M, N, kTiles, T, kPair + 1>(t, a, b);
+    }
+}
+
+template <int kCount, int kTile = 0>
+CVFAST_INLINE void zero_tiles() {
+    if constexpr (kTile < kCount) {
+        tile_zero<kTile>();
+        zero_tiles<kCount, kTile + 1>();
+    }
+}
+
+// Sums m * N + n as [m][row][n][16].
+template <int M, int N, int kTile = 0>
+CVFAST_INLINE void store_tiles(float* sums) {
+    if constexpr (kTile < M * N) {
+        constexpr int m = kTile / N, n = kTile % N;
+        tile_store<kTile>(sums + m * kAmxRows * N * kLanes + n * kLanes, N * kLanes * 4);
+        store_tiles<M, N, kTile + 1>(sums);
+    }
+}
+
+// Row `row` of a panel's weights, a word of each of its channels.
+CVFAST_INLINE Vec weight_row(const float* weights, int64_t row, bool half) {
+    if (!half) return load(weights + row * kAmxPanel);
+    const Vec two = load(weights + row / 2 * kAmxPanel);
+    return row % 2 ? _mm512_maskz_compress_ps(0xaaaa, two) : _mm512_maskz_compress_ps(0x5555, two);
+}
+
+// The two highest of the bfloat16 numbers whose sum is x. The first is cut off, not rounded: it
+// then is finite where x is. Where x is infinite the others are zero, where it is NaN one of them
+// is.
+struct Pieces {
+    Vec high, middle, low;
+};
+CVFAST_INLINE Vec upper_half(Vec x) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), mask));
+}
+template <bool kKeepsInfinities = true>
+CVFAST_INLINE Pieces pieces_of(Vec x) {
+    constexpr int kInfinities = 0x18;
+    Pieces p;
+    p.high = upper_half(x);
+    Vec rest;
+    if constexpr (kKeepsInfinities) {
+        const auto finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(x, kInfinities));
+        rest = _mm512_maskz_sub_ps(finite, x, p.high);
+    } else {
+        rest = sub(x, p.high);
+    }
+    const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
+    p.middle = upper_half(_mm512_castsi512_ps(rounded));
+    p.low = sub(rest, p.middle);
+    return p;
+}
+
+// The upper halves of two vectors, lane by lane: those of `even` in the low halves.
+CVFAST_INLINE Vec pair_upper_halves(Vec even, Vec odd) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(upper_half(odd))));
+}
+
+// Weights of a panel in pieces, as tiles [step][piece].
+inline void split_weights(const AmxProduct<float>& t, const float* weights, bool half, char* to) {
+    for (int64_t run = 0; run < t.run_count; ++run) {
+        const int64_t begin = t.first_row + run * t.run_values, end = begin + t.run_values;
+        for (int64_t row = begin; row < end; row += 2 * kAmxWords, to += kPieces * kAmxTileBytes) {
+            for (int64_t j = 0; j < kAmxRows; ++j) {
+                const int64_t even = row + 2 * j;
+                Pieces p{}, q{};
+                if (even < end) p = pieces_of<false>(weight_row(weights, even, half));
+                if (even + 1 < end) q = pieces_of<false>(weight_row(weights, even + 1, half));
+                float* word = reinterpret_cast<float*>(to + j * 64);
+                store(word, pair_upper_halves(p.high, q.high));
+                store(word + kAmxTileBytes / 4, pair_upper_halves(p.middle, q.middle));
+                store(word + 2 * kAmxTileBytes / 4, pair_upper_halves(p.low, q.low));
+            }
+        }
+    }
+}
+
+CVFAST_INLINE void store_upper_halves(char* to, Vec v, __mmask16 lanes) {
+    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(upper));
+}
+
+// Floats as neighbouring bfloat16 numbers, in pieces that lie `piece` bytes apart.
+CVFAST_INLINE void store_pieces(char* to, int64_t piece, Vec x, __mmask16 lanes = 0xffff) {
+    const Pieces p = pieces_of(x);
+    store_upper_halves(to, p.high, lanes);
+    store_upper_halves(to + piece, p.middle, lanes);
+    store_upper_halves(to + 2 * piece, p.low, lanes);
+}
+
+// A group of panels as tiles: bfloat16 as they are, but for a half panel, floats in pieces.
+template <class T>
+class AmxWeights {
+  public:
+    AmxWeights(const AmxProduct<T>& t, int64_t first, int64_t panels, bool half) {
+        const float* weights = t.weights + first * t.panel;
+        if constexpr (kAmxPieces<T> > 1) {
+            begin_ = t.scratch;
+            panel_ = t.run_count * amx_steps(t.run_values) * kPieces * kAmxTileBytes;
+            for (int64_t i = 0; i < panels; ++i) {
+                split_weights(t, weights + i * t.panel, half && i == panels - 1,
+                              t.scratch + i * panel_);
+            }
+        } else {
+            begin_ = reinterpret_cast<const char*>(weights + t.first_row * kAmxPanel);
+            panel_ = t.panel * int64_t{sizeof(float)};
+            if (!half) return;
+            half_ = panels - 1;
+            scratch_ = t.scratch;
+            const int64_t words = t.run_count * ((t.run_values + 1) / 2);
+            float* row = reinterpret_cast<float*>(t.scratch);
+            for (int64_t i = 0; i < words; ++i, row += kAmxPanel) {
+                store(row, weight_row(weights + half_ * t.panel, t.first_row + i, true));
+            }
+        }
+    }
+
+    const char* panel(int64_t i) const { return i == half_ ? scratch_ : begin_ + i * panel_; }
+
+    AmxWeights from(int64_t i) const {
+        AmxWeights rest = *this;
+        rest.begin_ += i * panel_;
+        rest.half_ -= i;
+        return rest;
+    }
+
+  private:
+    const char* begin_;
+    int64_t panel_;
+    int64_t half_ = -1;
+    const char* scratch_ = nullptr;
+};
+
+// A panel's sums of one position, from the numbers themselves: where a product of pieces is not
+// finite, the sum of them may be NaN where that of the numbers is not.
+__attribute__((noinline)) inline Vec whole_sums(const AmxProduct<float>& t, const char* position,
+                                                const float* weights, bool half) {
+    Vec sum = set1(0.f);
+    int64_t row = t.first_row;
+    for (int64_t run = 0; run < t.run_count; ++run) {
+        const char* p = position + t.runs[run];
+        for (int64_t i = 0; i < t.run_values; ++i, ++row, p += sizeof(BFloat16)) {
+            float x = 0;
+            for (int piece = kPieces - 1; piece >= 0; --piece) {
+                BFloat16 part;
+                std::memcpy(&part, p + piece * t.a_piece, sizeof part);
+                x += to_float(part);
+            }
+            sum = fma(set1(x), weight_row(weights, row, half), sum);
+        }
+    }
+    return sum;
+}
+
+// The positions of all lines as tiles of `rows`: the last of a line begins earlier and leaves out
+// those that the one before has, so that all have one shape.
+struct AmxTiling {
+    int64_t per_line, tiles;
+    int rows;
+
+    template <class T>
+    explicit AmxTiling(const AmxProduct<T>& t)
+        : per_line((t.positions + kAmxRows - 1) / kAmxRows),
+          tiles(per_line * t.lines),
+          rows(static_cast<int>((t.positions + per_line - 1) / per_line)) {}
+};
+
+// Where a tile lies; positions count along its line.
+struct TilePositions {
+    int64_t image, line, begin, first_wanted;
+
+    template <class T>
+    TilePositions(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile)
+        : image(tile / tiling.per_line / t.lines_per_image),
+          line(tile / tiling.per_line % t.lines_per_image),
+          begin(std::min(tile % tiling.per_line * tiling.rows, t.positions - tiling.rows)),
+          first_wanted(tile % tiling.per_line * tiling.rows) {}
+
+    template <class T>
+    const char* a(const AmxProduct<T>& t) const {
+        return t.a + image * t.a_image + line * t.a_line + begin * t.a_pixel;
+    }
+};
+
+inline constexpr int kNanOrInfinity = 0x99;  // as of fpclass: quiet, signalling, both signs
+
+// Sums of a group of tiles times N panels, [tile][row][panel][16], and what becomes of them:
+// results are made a few positions at a time, while the tiles sum the next group.
+template <int N, class T>
+class AmxResults {
+  public:
+    AmxResults(const AmxProduct<T>& t, const AmxTiling& tiling) : t_(t), tiling_(tiling) {}
+    AmxResults(const AmxResults&) = delete;
+    ~AmxResults() { make(positions_left()); }
+
+    // Where to leave the sums of the next group.
+    float* next_sums() { return sums_[1 - current_]; }
+    int64_t positions_left() const { return tiles_left_ * int64_t{tiling_.rows}; }
+
+    // Takes over the next group: `tiles` from `tile` on, panels from channel c on.
+    void take(int64_t tile, int tiles, int64_t c) {
+        make(positions_left());
+        current_ = 1 - current_;
+        tiles_left_ = tiles;
+        tile_ = tile;
+        channel_ = c;
+        last_ = static_cast<int>(std::min<int64_t>(kLanes, t_.channels - c - (N - 1) * kLanes));
+        for (int n = 0; n < N; ++n) {
+            const float* bias = t_.bias + (c / kAmxPanel + n) * t_.panel;
+            store(bias_[n], weight_row(bias, 0, is_half(n)));
+        }
+        from_ = sums_[current_];
+        begin_tile();
+    }
+
+    // Makes results of at most `positions`.
+    void make(int64_t positions) {
+        while (positions > 0 && tiles_left_ > 0) {
+            const int64_t in_tile = std::min<int64_t>(positions, tiling_.rows - at_);
+            const int64_t count = std::min(in_tile, t_.period - pixel_);  // neighbours in a row
+            if (pixel_ < t_.valid) make_row(std::min(count, t_.valid - pixel_));
+            positions -= count;
+            from_ += count * N * kLanes;
+            at_ += static_cast<int>(count);
+            pixel_ += count;
+            if (pixel_ == t_.period) pixel_ = 0, ++row_;
+            if (at_ < tiling_.rows) continue;
+            from_ += (kAmxRows - tiling_.rows) * N * kLanes;
+            ++tile_;
+            if (--tiles_left_ > 0) begin_tile();
+        }
+    }
+
+  private:
+    bool is_half(int n) const { return t_.half && channel_ + (n + 1) * kAmxPanel > t_.channels; }
+
+    void begin_tile() {
+        const TilePositions positions(t_, tiling_, tile_);
+        image_ = positions.image;
+        begin_ = positions.begin;
+        a_ = positions.a(t_);
+        at_ = static_cast<int>(positions.first_wanted - begin_);
+        from_ += at_ * N * kLanes;
+        row_ = positions.line + positions.first_wanted / t_.period;
+        pixel_ = positions.first_wanted % t_.period;
+    }
+
+    void make_row(int64_t count) {
+        if constexpr (kAmxPieces<T> > 1) mend(count);
+        if (t_.sums_before || t_.sums_after) {
+            const int64_t first = channel_ * t_.positions + (begin_ + at_) * kAmxPanel;
+            const int64_t panel = t_.positions * kAmxPanel;
+            for (int n = 0; n < N; ++n) {
+                float* sums = from_ + n * kLanes;
+                for (int64_t i = 0; i < count; ++i, sums += N * kLanes) {
+                    const int64_t at = first + n * panel + i * kAmxPanel;
+                    if (t_.sums_before) store(sums, add(load(sums), load(t_.sums_before + at)));
+                    if (t_.sums_after) store(t_.sums_after + at, load(sums));
+                }
+            }
+            if (t_.sums_after) return;
+        }
+        switch (t_.activation) {
+            case Activation::none:
+                return make_row_as<Activation::none>(count);
+            case Activation::relu:
+                return make_row_as<Activation::relu>(count);
+            case Activation::relu6:
+                return make_row_as<Activation::relu6>(count);
+            case Activation::hardswish:
+                return make_row_as<Activation::hardswish>(count);
+            case Activation::hardsigmoid:
+                return make_row_as<Activation::hardsigmoid>(count);
+        }
+    }
+
+    // Sums of pieces that are not finite.
+    CVFAST_INLINE void mend(int64_t count) {
+        __mmask16 strange = 0;
+        for (int64_t i = 0; i < count * N; ++i) {
+            strange |= _mm512_fpclass_ps_mask(load(from_ + i * kLanes), kNanOrInfinity);
+        }
+        if (strange == 0) [[likely]]
+            return;
+        const float* panels = t_.weights + channel_ / kAmxPanel * t_.panel;
+        for (int64_t i = 0; i < count * N; ++i) {
+            if (all_finite(load(from_ + i * kLanes))) continue;
+            const int n = static_cast<int>(i % N);
+            const char* position = a_ + (at_ + i / N) * t_.a_pixel;
+            store(from_ + i * kLanes, whole_sums(t_, position, panels + n * t_.panel, is_half(n)));
+        }
+    }
+
+    template <Activation kActivation>
+    void make_row_as(int64_t count) {
+        if (t_.residual) {
+            last_ == kLanes ? make_results<kActivation, true, true>(count)
+                            : make_results<kActivation, true, false>(count);
+        } else {
+            last_ == kLanes ? make_results<kActivation, false, true>(count)
+                            : make_results<kActivation, false, false>(count);
+        }
+    }
+
+    template <Activation kActivation, bool kResidual, bool kWhole>
+    void make_results(int64_t count) {
+        Vec bias[N];
+        CVFAST_UNROLL for (int n = 0; n < N; ++n) bias[n] = load(bias_[n]);
+        const float* from = from_;
+        T* out =
+            t_.out + image_ * t_.out_image + row_ * t_.out_row + pixel_ * t_.out_pixel + channel_;
+        const T* residual = t_.residual;
+        if (kResidual) {
+            residual += image_ * t_.residual_image + row_ * t_.residual_row +
+                        pixel_ * t_.residual_pixel + channel_;
+        }
+        for (; count > 0; --count, from += N * kLanes, out += t_.out_pixel) {
+            Vec sums[1][N];
+            CVFAST_UNROLL for (int n = 0; n < N; ++n) {
+                sums[0][n] = add(load(from + n * kLanes), bias[n]);
+                if constexpr (kResidual) {
+                    const T* p = residual + n * kLanes;
+                    const bool whole = kWhole || n < N - 1;
+                    sums[0][n] = add(sums[0][n], whole ? load(p) : load_n(p, last_));
+                }
+            }
+            if (kResidual) residual += t_.residual_pixel;
+            activate_all_as<kActivation>(sums);
+            if constexpr (kWhole && N % 2 == 0 && std::is_same_v<T, BFloat16>) {
+                CVFAST_UNROLL for (int n = 0; n < N; n += 2) {
+                    store_two(out + n * kLanes, sums[0][n], sums[0][n + 1]);
+                }
+            } else {
+                CVFAST_UNROLL for (int n = 0; n < N; ++n) {
+                    if (kWhole || n < N - 1) {
+                        store(out + n * kLanes, sums[0][n]);
+                    } else {
+                        store_n(out + n * kLanes, sums[0][n], last_);
+                    }
+                }
+            }
+        }
+    }
+
+    const AmxProduct<T>& t_;
+    const AmxTiling& tiling_;
+    int current_ = 0;
+    int64_t tiles_left_ = 0, tile_ = 0, channel_ = 0;
+    const char* a_ = nullptr;  // of the tile
+    float* from_ = nullptr;    // sums of the position that is next
+    int64_t image_ = 0, begin_ = 0, row_ = 0, pixel_ = 0;
+    int at_ = 0, last_ = 0;
+    alignas(64) float bias_[N][kLanes];
+    alignas(64) float sums_[2][4 * kAmxRows * kLanes];
+};
+
+// Results that are made at once, at least.
+inline constexpr int64_t kAtOnce = 4;
+
+// Of a float product, steps that are summed one after another: the sums of such segments are added
+// to each other. See pointwise_segment().
+inline constexpr int64_t kSegmentSteps = 8;
+
+// The sums of the N panels from channel c on for M tiles of positions from `tile` on. kEven: every
+// step has 16 words.
+template <int M, int N, bool kEven, class T>
+void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int64_t c,
+              const char* const (&weights)[N], AmxResults<N, T>& results) {
+    constexpr bool kSplit = kAmxPieces<T> > 1;
+    const int64_t steps = amx_steps(t.run_values), all = t.run_count * steps;
+    const int64_t words = (t.run_values + 1) / 2, last = words - (steps - 1) * kAmxWords;
+    const int64_t b_step = kAmxTileBytes * kAmxPieces<T>, b_last = kSplit ? b_step : last * 64;
+    const int64_t results_per_step = (results.positions_left() + all - 1) / all;
+    float* const sums = results.next_sums();
+    const char *positions[M], *a[M], *b[N];
+    for (int m = 0; m < M; ++m) positions[m] = TilePositions(t, tiling, tile + m).a(t);
+    CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] = weights[n];
+    int64_t run = 0, step = 0, due = 0;
+    for (bool first = true; run < t.run_count; first = false) {
+        zero_tiles<M * N>();
+        int64_t left = kSplit ? kSegmentSteps : all;
+        for (; left > 0 && run < t.run_count; --left) {
+            CVFAST_UNROLL for (int m = 0; m < M; ++m) {
+                a[m] = positions[m] + t.runs[run] + step * 64;
+            }
+            if (kEven || step + 1 < steps) {
+                multiply_pieces<M, N, kEven ? StepTiles::both : StepTiles::whole>(t, a, b);
+                CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] += b_step;
+            } else {
+                multiply_pieces<M, N, StepTiles::last>(t, a, b);
+                CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] += b_last;
+            }
+            if (++step == steps) step = 0, ++run;
+            if ((due += results_per_step) >= kAtOnce) results.make(due), due = 0;
+        }
+        if (first) {
+            store_tiles<M, N>(sums);
+            continue;
+        }
+        alignas(64) float segment[M * kAmxRows * N * kLanes];
+        store_tiles<M, N>(segment);
+        for (int m = 0; m < M; ++m) {
+            for (int i = 0; i < tiling.rows * N; ++i) {
+                const int at = (m * kAmxRows * N + i) * kLanes;
+                store(sums + at, add(load(sums + at), load(segment + at)));
+            }
+        }
+    }
+    results.take(tile, M, c);
+}
+
+template <class T>
+void amx_last_tile(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, int64_t panels,
+                   const AmxWeights<T>& weights, int64_t tile);
+
+// The tiles from `tile` on by groups of at most M, each times `panels` panels by groups of N, from
+// channel c on.
+template <int M, int N, class T>
+void amx_panels(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, int64_t panels,
+                const AmxWeights<T>& weights, int64_t tile = 0) {
+    AmxResults<N, T> results(t, tiling);
+    for (; tiling.tiles - tile >= M; tile += M) {
+        for (int64_t i = 0; i + N <= panels; i += N) {
+            const char* b[N];
+            CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] = weights.panel(i + n);
+            if (t.run_values % (2 * kAmxWords) == 0) {
+                amx_sums<M, N, true>(t, tiling, tile, c + i * kAmxPanel, b, results);
+            } else {
+                amx_sums<M, N, false>(t, tiling, tile, c + i * kAmxPanel, b, results);
+            }
+        }
+    }
+    if (tile == tiling.tiles) return;
+    if constexpr (M == 2 && N == 2) {
+        amx_last_tile(t, tiling, c, panels, weights, tile);
+    } else if constexpr (M > 1) {
+        amx_panels<M - 1, N>(t, tiling, c, panels, weights, tile);
+    }
+}
+
+// A tile that is left alone: four sums at once hide the latency of each.
+template <class T>
+void amx_last_tile(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, int64_t panels,
+                   const AmxWeights<T>& weights, int64_t tile) {
+    const int64_t fours = panels / 4 * 4;
+    amx_panels<1, 4>(t, tiling, c, fours, weights, tile);
+    amx_panels<1, 2>(t, tiling, c + fours * kAmxPanel, panels - fours, weights.from(fours), tile);
+}
+
+// Groups of panels, whose weights stay in L2 while all positions pass over them.
+template <class T>
+void amx_product(const AmxProduct<T>& t, MatrixUnit& unit) {
+    const AmxTiling tiling(t);
+    const int64_t steps = amx_steps(t.run_values), words = (t.run_values + 1) / 2;
+    unit.shape(tiling.rows, static_cast<int>(words - (steps - 1) * kAmxWords));
+    const int64_t all = (t.channels + kAmxPanel - 1) / kAmxPanel;
+    const int64_t most = amx_panels_at_once<T>(t.run_count, t.run_values);
+    for (int64_t first = 0; first < all; first += most) {
+        const int64_t panels = std::min(most, all - first);
+        const AmxWeights<T> weights(t, first, panels, t.half && first + panels == all);
+        const int64_t c = first * kAmxPanel;
+        amx_panels<2, 2>(t, tiling, c, panels, weights);
+        if (panels % 2) {
+            amx_panels<4, 1>(t, tiling, c + (panels - 1) * kAmxPanel, 1, weights.from(panels - 1));
+        }
+    }
+}
+
+}  // namespace cvfast::CVFAST_ISA_NAMESPACE
