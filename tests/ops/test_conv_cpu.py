@@ -53,7 +53,8 @@ TAKEN = [(a, d) for a in ALGORITHMS for d in DTYPES if serves(a, KERNEL[a], (1, 
 # more, F2x4's and that along a line 1.0 and 1.1 times; 4, 2.8 and 3 times over 24, where PyTorch is
 # nearly exact and the transforms' own rounding shows, and F4's 11 times with one output channel,
 # which PyTorch sums in many lanes on Intel's processors. Products in bfloat16 make 2.6 times the
-# error of one rounded sum, which is all that PyTorch rounds here: weights are bfloat16 to begin with.
+# error of one rounded sum, which is all that PyTorch rounds here: weights are bfloat16 to begin
+# with.
 K = dict.fromkeys(ALGORITHMS, tolerance.K) | {
     "winograd_f2x4": 4.0,
     "winograd_f4": 12.0,
