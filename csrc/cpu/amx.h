@@ -68,7 +68,8 @@ template <class T>
 constexpr int64_t amx_panels_at_once(int64_t run_count, int64_t run_values) {
     constexpr int64_t kBytes = 384 * 1024;
     const int64_t panel = run_count * amx_steps(run_values) * kAmxTileBytes * kAmxPieces<T>;
-    return kBytes / panel < 4 ? 4 : kBytes / panel / 4 * 4;
+    const int64_t least = std::is_same_v<T, BFloat16> ? 4 : 2;  // pieces take scratch memory
+    return kBytes / panel < 4 ? least : kBytes / panel / 4 * 4;
 }
 
 // Scratch memory of a product for weights: those of float in pieces, or a half panel.

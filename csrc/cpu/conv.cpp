@@ -33,11 +33,15 @@ constexpr double kBytesPerNanosecond = 60;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether AMX multiplies where the algorithm is direct.
+// Whether AMX multiplies where the algorithm is direct. Floats are split in pieces first, and those
+// of two panels of weights must leave room in L2. From kernel and channels alone: results depend on
+// it, and an image may come in bands.
 template <class T>
 bool takes_amx(const ConvShape& s) {
     if (s.algorithm != ConvAlgorithm::direct || !has_amx() || std::is_same_v<T, Half>) return false;
-    return std::is_same_v<T, BFloat16> || !has_few_channels(s);
+    if (std::is_same_v<T, BFloat16>) return true;
+    constexpr int64_t kMostProducts = 2304;
+    return !has_few_channels(s) && s.kernel_h * s.kernel_w * s.in_channels <= kMostProducts;
 }
 
 template <class T>

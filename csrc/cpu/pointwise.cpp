@@ -62,7 +62,10 @@ template <class T>
 Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads, bool amx) {
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
     const int64_t pixel = scratch_pixel<T>(s, amx);
-    const int64_t block_bytes = amx && std::is_same_v<T, float> ? 2 * kBlockBytes : kBlockBytes;
+    // Many weights that are split take larger blocks, since each splits them anew.
+    const int64_t pieces = s.in_channels * s.out_channels * kPieces * int64_t{sizeof(BFloat16)};
+    const bool many = amx && std::is_same_v<T, float> && pieces > kBlockBytes / 2;
+    const int64_t block_bytes = many ? 2 * kBlockBytes : kBlockBytes;
     const int64_t most_rows = std::max(kTileRows, block_bytes / pixel / kTileRows * kTileRows);
     Blocks best{};
     double least = std::numeric_limits<double>::infinity();
