@@ -14,6 +14,11 @@ template <int kTile>
 CVFAST_INLINE void tile_load(const char* p, int64_t row) {
     __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(p), "r"(row) : "memory");
 }
+// Without a copy in L1, where what is loaded again lies.
+template <int kTile>
+CVFAST_INLINE void tile_load_once(const char* p, int64_t row) {
+    __asm__ volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(p), "r"(row) : "memory");
+}
 template <int kTile>
 CVFAST_INLINE void tile_store(float* p, int64_t row) {
     __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(p), "r"(row) : "memory");
@@ -66,22 +71,63 @@ enum class StepTiles {
     last,   // 5 and 7
 };
 
+// What comes before the first product that is added to a tile of sums.
+struct GoOn {
+    template <int kTile>
+    CVFAST_INLINE void begin() const {}
+};
+struct FromZero {
+    template <int kTile>
+    CVFAST_INLINE void begin() const {
+        tile_zero<kTile>();
+    }
+};
+// Stores the sums that are there, m * N + n as [m][row][n][16]. Tile by tile between products, that
+// takes half the time of four stores in a row.
+template <int N>
+struct StoreFirst {
+    float* sums;
+
+    template <int kTile>
+    CVFAST_INLINE void begin() const {
+        constexpr int m = kTile / N, n = kTile % N;
+        tile_store<kTile>(sums + m * kAmxRows * N * kLanes + n * kLanes, N * kLanes * 4);
+        tile_zero<kTile>();
+    }
+};
+
 // Adds to sums m * N + n the product of positions m and weights n. kLoadA, kLoadB: with `both`,
-// whether positions and weights are others than at the call before.
-template <int M, int N, StepTiles kTiles, bool kLoadA = true, bool kLoadB = true, int kStep = 0>
+// whether positions and weights are others than at the call before. Weights come from L2, mostly:
+// loaded without a copy in L1, they leave it to the positions.
+template <int M, int N, StepTiles kTiles, bool kLoadA, bool kLoadB, class Sums, int kStep = 0>
 CVFAST_INLINE void multiply_tiles(const char* const (&a)[M], int64_t a_row,
-                                  const char* const (&b)[N]) {
+                                  const char* const (&b)[N], const Sums& sums) {
     static_assert((M <= 2 && N <= 2) || M == 1 || N == 1);
-    if constexpr (kStep < M * N) {
-        constexpr bool kBoth = kTiles == StepTiles::both;
-        constexpr int m = kStep / N, i = kStep % N, n = m % 2 ? N - 1 - i : i;
-        constexpr int kA = kBoth ? 4 + m % 2 : kTiles == StepTiles::whole ? 4 : 5;
-        constexpr int kB = kBoth ? 6 + n % 2 : kTiles == StepTiles::whole ? 6 : 7;
-        if constexpr (i == 0 && (kLoadA || M > 2)) tile_load<kA>(a[m], a_row);
-        constexpr bool kFirst = kBoth ? m == 0 : kStep == 0 || i > 0;
-        if constexpr (kFirst && (kLoadB || N > 2)) tile_load<kB>(b[n], 64);
-        tile_dot<m * N + n, kA, kB>();
-        multiply_tiles<M, N, kTiles, kLoadA, kLoadB, kStep + 1>(a, a_row, b);
+    constexpr bool kBoth = kTiles == StepTiles::both;
+    constexpr bool kPaired = kBoth && M <= 2 && N <= 2;
+    constexpr int n = kPaired ? kStep % N : kStep / M, i = kPaired ? 0 : kStep % M;
+    constexpr int m = kPaired ? kStep / N : n % 2 ? M - 1 - i : i;
+    constexpr int kA = kBoth ? 4 + m % 2 : kTiles == StepTiles::whole ? 4 : 5;
+    constexpr int kB = kBoth ? 6 + n % 2 : kTiles == StepTiles::whole ? 6 : 7;
+    if constexpr (kPaired) {
+        if constexpr (kStep == 0 && kLoadB) {
+            tile_load_once<6>(b[0], 64);
+            if constexpr (N == 2) tile_load_once<7>(b[1], 64);
+        }
+        if constexpr (kStep == 0 && kLoadA) {
+            tile_load<4>(a[0], a_row);
+            if constexpr (M == 2) tile_load<5>(a[1], a_row);
+        }
+    } else {
+        if constexpr (i == 0 && (kLoadB || N > 2)) tile_load_once<kB>(b[n], 64);
+        if constexpr ((n == 0 && (kLoadA || M > 2)) || (!kBoth && i > 0)) {
+            tile_load<kA>(a[m], a_row);
+        }
+    }
+    sums.template begin<m * N + n>();
+    tile_dot<m * N + n, kA, kB>();
+    if constexpr (kStep + 1 < M * N) {
+        multiply_tiles<M, N, kTiles, kLoadA, kLoadB, Sums, kStep + 1>(a, a_row, b, sums);
     }
 }
 
@@ -91,11 +137,11 @@ struct PiecePair {
 };
 inline constexpr PiecePair kPiecePairs[] = {{2, 0}, {1, 0}, {0, 0}, {0, 2}, {0, 1}, {1, 1}};
 
-template <int M, int N, StepTiles kTiles, class T, int kPair = 0>
+template <int M, int N, StepTiles kTiles, class T, class Sums, int kPair = 0>
 CVFAST_INLINE void multiply_pieces(const AmxProduct<T>& t, const char* const (&a)[M],
-                                   const char* const (&b)[N]) {
+                                   const char* const (&b)[N], const Sums& sums) {
     if constexpr (kAmxPieces<T> == 1) {
-        multiply_tiles<M, N, kTiles>(a, t.a_pixel, b);
+        multiply_tiles<M, N, kTiles, true, true>(a, t.a_pixel, b, sums);
     } else if constexpr (kPair < static_cast<int>(std::size(kPiecePairs))) {
         constexpr PiecePair pair = kPiecePairs[kPair];
         constexpr bool kBoth = kTiles == StepTiles::both;
@@ -105,25 +151,15 @@ CVFAST_INLINE void multiply_pieces(const AmxProduct<T>& t, const char* const (&a
         CVFAST_UNROLL for (int m = 0; m < M; ++m) pa[m] = a[m] + pair.a * t.a_piece;
         CVFAST_UNROLL for (int n = 0; n < N; ++n) pb[n] = b[n] + pair.b * kAmxTileBytes;
         multiply_tiles<M, N, kTiles, !kBoth || pair.a != before.a, !kBoth || pair.b != before.b>(
-            pa, t.a_pixel, pb);
-        multiply_pieces<M, N, kTiles, T, kPair + 1>(t, a, b);
+            pa, t.a_pixel, pb, sums);
+        multiply_pieces<M, N, kTiles, T, GoOn, kPair + 1>(t, a, b, GoOn{});
     }
 }
 
-template <int kCount, int kTile = 0>
-CVFAST_INLINE void zero_tiles() {
-    if constexpr (kTile < kCount) {
-        tile_zero<kTile>();
-        zero_tiles<kCount, kTile + 1>();
-    }
-}
-
-// Sums m * N + n as [m][row][n][16].
 template <int M, int N, int kTile = 0>
 CVFAST_INLINE void store_tiles(float* sums) {
     if constexpr (kTile < M * N) {
-        constexpr int m = kTile / N, n = kTile % N;
-        tile_store<kTile>(sums + m * kAmxRows * N * kLanes + n * kLanes, N * kLanes * 4);
+        StoreFirst<N>{sums}.template begin<kTile>();
         store_tiles<M, N, kTile + 1>(sums);
     }
 }
@@ -297,8 +333,9 @@ struct TilePositions {
 
 inline constexpr int kNanOrInfinity = 0x99;  // as of fpclass: quiet, signalling, both signs
 
-// Sums of a group of tiles times N panels, [tile][row][panel][16], and what becomes of them:
-// results are made a few positions at a time, while the tiles sum the next group.
+// Sums of a group of tiles times N panels, [tile][row][panel][16], and what becomes of them. The
+// tiles of sums are stored when the next group begins; results are made from what is stored, a few
+// positions at a time, while the tiles sum on.
 template <int N, class T>
 class AmxResults {
   public:
@@ -306,25 +343,22 @@ class AmxResults {
     AmxResults(const AmxResults&) = delete;
     ~AmxResults() { make(positions_left()); }
 
-    // Where to leave the sums of the next group.
-    float* next_sums() { return sums_[1 - current_]; }
-    int64_t positions_left() const { return tiles_left_ * int64_t{tiling_.rows}; }
-
-    // Takes over the next group: `tiles` from `tile` on, panels from channel c on.
-    void take(int64_t tile, int tiles, int64_t c) {
-        make(positions_left());
-        current_ = 1 - current_;
-        tiles_left_ = tiles;
-        tile_ = tile;
-        channel_ = c;
-        last_ = static_cast<int>(std::min<int64_t>(kLanes, t_.channels - c - (N - 1) * kLanes));
-        for (int n = 0; n < N; ++n) {
-            const float* bias = t_.bias + (c / kAmxPanel + n) * t_.panel;
-            store(bias_[n], weight_row(bias, 0, is_half(n)));
-        }
-        from_ = sums_[current_];
-        begin_tile();
+    // The tiles hold a segment of the sums of `tiles` tiles from `tile` on times panels from
+    // channel c on.
+    void sum(int64_t tile, int tiles, int64_t c, bool first_segment, bool last_segment) {
+        summed_ = {tile, tiles, c, first_segment, last_segment};
+        in_tiles_ = true;
     }
+    bool in_tiles() const { return in_tiles_; }
+    // Where the tiles are to be stored before they sum something else, and what then follows.
+    float* place() { return summed_.first_segment ? sums_[1 - current_] : segment_; }
+    void stored() {
+        in_tiles_ = false;
+        if (!summed_.first_segment) add_segment();
+        if (summed_.last_segment) take();
+    }
+
+    int64_t positions_left() const { return tiles_left_ * int64_t{tiling_.rows}; }
 
     // Makes results of at most `positions`.
     void make(int64_t positions) {
@@ -345,6 +379,39 @@ class AmxResults {
     }
 
   private:
+    struct Summed {
+        int64_t tile;
+        int tiles;
+        int64_t channel;
+        bool first_segment, last_segment;
+    };
+
+    void add_segment() {
+        float* sums = sums_[1 - current_];
+        for (int m = 0; m < summed_.tiles; ++m) {
+            for (int i = 0; i < tiling_.rows * N; ++i) {
+                const int at = (m * kAmxRows * N + i) * kLanes;
+                store(sums + at, add(load(sums + at), load(segment_ + at)));
+            }
+        }
+    }
+
+    // Takes over the sums that were stored.
+    void take() {
+        make(positions_left());
+        current_ = 1 - current_;
+        tiles_left_ = summed_.tiles;
+        tile_ = summed_.tile;
+        const int64_t c = channel_ = summed_.channel;
+        last_ = static_cast<int>(std::min<int64_t>(kLanes, t_.channels - c - (N - 1) * kLanes));
+        for (int n = 0; n < N; ++n) {
+            const float* bias = t_.bias + (c / kAmxPanel + n) * t_.panel;
+            store(bias_[n], weight_row(bias, 0, is_half(n)));
+        }
+        from_ = sums_[current_];
+        begin_tile();
+    }
+
     bool is_half(int n) const { return t_.half && channel_ + (n + 1) * kAmxPanel > t_.channels; }
 
     void begin_tile() {
@@ -457,6 +524,8 @@ class AmxResults {
 
     const AmxProduct<T>& t_;
     const AmxTiling& tiling_;
+    Summed summed_{};
+    bool in_tiles_ = false;
     int current_ = 0;
     int64_t tiles_left_ = 0, tile_ = 0, channel_ = 0;
     const char* a_ = nullptr;  // of the tile
@@ -465,6 +534,7 @@ class AmxResults {
     int at_ = 0, last_ = 0;
     alignas(64) float bias_[N][kLanes];
     alignas(64) float sums_[2][4 * kAmxRows * kLanes];
+    alignas(64) float segment_[kAmxPieces<T> > 1 ? 4 * kAmxRows * kLanes : kLanes];
 };
 
 // Results that are made at once, at least.
@@ -474,52 +544,60 @@ inline constexpr int64_t kAtOnce = 4;
 // to each other. See pointwise_segment().
 inline constexpr int64_t kSegmentSteps = 8;
 
-// The sums of the N panels from channel c on for M tiles of positions from `tile` on. kEven: every
-// step has 16 words.
+// How far the sums of a group are.
+template <int M, int N>
+struct AmxWalk {
+    const char* positions[M];
+    const char* weights[N];  // of the step that is next
+    int64_t run = 0, step = 0;
+};
+
+// kEven: every step has 16 words.
+template <int M, int N, bool kEven, class T, class Sums>
+CVFAST_INLINE void amx_step(const AmxProduct<T>& t, int64_t steps, AmxWalk<M, N>& walk,
+                            const Sums& sums) {
+    constexpr int64_t kStepBytes = int64_t{kAmxTileBytes} * kAmxPieces<T>;
+    const char* a[M];
+    CVFAST_UNROLL for (int m = 0; m < M; ++m) {
+        a[m] = walk.positions[m] + t.runs[walk.run] + walk.step * 64;
+    }
+    int64_t bytes = kStepBytes;
+    if (kEven || walk.step + 1 < steps) {
+        multiply_pieces<M, N, kEven ? StepTiles::both : StepTiles::whole>(t, a, walk.weights, sums);
+    } else {
+        multiply_pieces<M, N, StepTiles::last>(t, a, walk.weights, sums);
+        const int64_t words = (t.run_values + 1) / 2;
+        if (kAmxPieces<T> == 1) bytes = (words - (steps - 1) * kAmxWords) * 64;
+    }
+    CVFAST_UNROLL for (int n = 0; n < N; ++n) walk.weights[n] += bytes;
+    if (++walk.step == steps) walk.step = 0, ++walk.run;
+}
+
+// The sums of the N panels from channel c on for M tiles of positions from `tile` on.
 template <int M, int N, bool kEven, class T>
 void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int64_t c,
               const char* const (&weights)[N], AmxResults<N, T>& results) {
-    constexpr bool kSplit = kAmxPieces<T> > 1;
     const int64_t steps = amx_steps(t.run_values), all = t.run_count * steps;
-    const int64_t words = (t.run_values + 1) / 2, last = words - (steps - 1) * kAmxWords;
-    const int64_t b_step = kAmxTileBytes * kAmxPieces<T>, b_last = kSplit ? b_step : last * 64;
-    const int64_t results_per_step = (results.positions_left() + all - 1) / all;
-    float* const sums = results.next_sums();
-    const char *positions[M], *a[M], *b[N];
-    for (int m = 0; m < M; ++m) positions[m] = TilePositions(t, tiling, tile + m).a(t);
-    CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] = weights[n];
-    int64_t run = 0, step = 0, due = 0;
-    for (bool first = true; run < t.run_count; first = false) {
-        zero_tiles<M * N>();
-        int64_t left = kSplit ? kSegmentSteps : all;
-        for (; left > 0 && run < t.run_count; --left) {
-            CVFAST_UNROLL for (int m = 0; m < M; ++m) {
-                a[m] = positions[m] + t.runs[run] + step * 64;
-            }
-            if (kEven || step + 1 < steps) {
-                multiply_pieces<M, N, kEven ? StepTiles::both : StepTiles::whole>(t, a, b);
-                CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] += b_step;
-            } else {
-                multiply_pieces<M, N, StepTiles::last>(t, a, b);
-                CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] += b_last;
-            }
-            if (++step == steps) step = 0, ++run;
-            if ((due += results_per_step) >= kAtOnce) results.make(due), due = 0;
+    const int64_t most = kAmxPieces<T> > 1 ? kSegmentSteps : all;
+    AmxWalk<M, N> walk;
+    for (int m = 0; m < M; ++m) walk.positions[m] = TilePositions(t, tiling, tile + m).a(t);
+    CVFAST_UNROLL for (int n = 0; n < N; ++n) walk.weights[n] = weights[n];
+    int64_t due = 0, per_step = 0;
+    for (int64_t begin = 0, end; begin < all; begin = end) {
+        if (results.in_tiles()) {
+            amx_step<M, N, kEven>(t, steps, walk, StoreFirst<N>{results.place()});
+            results.stored();
+        } else {
+            amx_step<M, N, kEven>(t, steps, walk, FromZero{});
         }
-        if (first) {
-            store_tiles<M, N>(sums);
-            continue;
+        if (begin == 0) per_step = results.positions_left() / all + 1;
+        end = std::min(begin + most, all);
+        for (int64_t i = begin + 1; i < end; ++i) {
+            amx_step<M, N, kEven>(t, steps, walk, GoOn{});
+            if ((due += per_step) >= kAtOnce) results.make(due), due = 0;
         }
-        alignas(64) float segment[M * kAmxRows * N * kLanes];
-        store_tiles<M, N>(segment);
-        for (int m = 0; m < M; ++m) {
-            for (int i = 0; i < tiling.rows * N; ++i) {
-                const int at = (m * kAmxRows * N + i) * kLanes;
-                store(sums + at, add(load(sums + at), load(segment + at)));
-            }
-        }
+        results.sum(tile, M, c, begin == 0, end == all);
     }
-    results.take(tile, M, c);
 }
 
 template <class T>
@@ -542,6 +620,10 @@ void amx_panels(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, int6
                 amx_sums<M, N, false>(t, tiling, tile, c + i * kAmxPanel, b, results);
             }
         }
+    }
+    if (results.in_tiles()) {
+        store_tiles<M, N>(results.place());
+        results.stored();
     }
     if (tile == tiling.tiles) return;
     if constexpr (M == 2 && N == 2) {

@@ -11,7 +11,8 @@ void check(Test& test) {
     const bool deep = random.one_in(4);
     s.batch = random.in(1, 3), s.height = random.in(1, deep ? 4 : 9);
     s.width = random.in(1, deep ? 9 : 33);
-    s.in_channels = random.channels(deep ? 1200 : 80), s.out_channels = random.channels(150);
+    s.in_channels = random.channels(deep ? 1200 : 80),
+    s.out_channels = random.channels(deep ? 250 : 150);
     s.activation = random.activation();
     const int64_t stride_h = random.one_in(4) ? 2 : 1, stride_w = random.one_in(4) ? 2 : 1;
 
