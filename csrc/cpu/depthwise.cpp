@@ -2,6 +2,7 @@
 
 #define CVFAST_KERNEL_SOURCE "cpu/depthwise_kernel.h"
 #define CVFAST_KERNEL_BF16_DOT
+#define CVFAST_KERNEL_AMX
 #include "cpu/foreach_isa.h"
 
 namespace cvfast {
@@ -33,6 +34,7 @@ DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseOperands<T>&, in
     plan.blocks = (s.channels + kBlockChannels - 1) / kBlockChannels;
     plan.tasks = s.batch * s.multiplier * plan.blocks * s.out_height;
     plan.threads = useful_threads(s, sizeof(T), threads);
+    plan.bands = s.batch % plan.threads == 0 ? 1 : std::min<int64_t>(plan.threads, s.out_height);
     return plan;
 }
 
@@ -47,13 +49,20 @@ void run_tasks(const DepthwiseShape& s, const DepthwiseOperands<T>& o, const Dep
     // Blocks are cut at panel boundaries, as equal as those allow.
     const int64_t panels = (s.channels + kDepthwisePanel - 1) / kDepthwisePanel;
     const int64_t blocks = plan.blocks;
+    const int64_t planes = blocks * s.multiplier;
     while (begin < end) {
-        const int64_t plane = begin / s.out_height;
-        const int64_t row = begin % s.out_height;
-        const int64_t rows = std::min(end - begin, s.out_height - row);
+        const int64_t image = begin / (planes * s.out_height);
+        const int64_t first = begin % (planes * s.out_height);
+        int64_t band = first * plan.bands / (planes * s.out_height);
+        const auto band_row = [&](int64_t i) { return i * s.out_height / plan.bands; };
+        while (planes * band_row(band + 1) <= first) ++band;
+        const int64_t band_rows = band_row(band + 1) - band_row(band);
+        const int64_t in_band = first - planes * band_row(band);
+        const int64_t plane = in_band / band_rows;
+        const int64_t row = band_row(band) + in_band % band_rows;
+        const int64_t rows = std::min(end - begin, band_row(band + 1) - row);
         const int64_t block = plane % blocks;
-        const int64_t j = plane / blocks % s.multiplier;
-        const int64_t image = plane / blocks / s.multiplier;
+        const int64_t j = plane / blocks;
         const DepthwiseRange range{
             image,
             j,

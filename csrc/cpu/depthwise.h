@@ -18,6 +18,7 @@ struct DepthwiseOperands {
 // A task is an output row of a block of channels of one image, at one step of the multiplier.
 struct DepthwisePlan : Cut {
     int64_t blocks;
+    int64_t bands;  // of rows
 };
 
 template <class T>

@@ -65,6 +65,17 @@ CVFAST_INLINE void store_two(BFloat16* p, Vec low, Vec high) {
 }
 #endif
 
+#if defined(CVFAST_BF16_DOT)
+// Lane by lane a number of each.
+CVFAST_INLINE void store_pairs(BFloat16* p, Vec evens, Vec odds) {
+    const __m512i halves = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(odds, evens));
+    const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i order =
+        _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+}
+#endif
+
 CVFAST_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 CVFAST_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 CVFAST_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -75,18 +86,20 @@ CVFAST_INLINE Vec add_neighbours(Vec v) {
     return _mm512_maskz_compress_ps(0x5555, _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1)));
 }
 
-// c plus the dot product of each lane's two bfloat16 numbers.
-#if defined(CVFAST_BF16_DOT)
-CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
-    return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
-}
-#else
+// Of each lane's two bfloat16 numbers the first and the second.
 CVFAST_INLINE Vec even(Vec v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16));
 }
 CVFAST_INLINE Vec odd(Vec v) {
     return _mm512_and_ps(v, set1(__builtin_bit_cast(float, 0xffff0000u)));
 }
+
+// c plus the dot product of each lane's two bfloat16 numbers.
+#if defined(CVFAST_BF16_DOT)
+CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
+}
+#else
 CVFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
     return fma(even(a), even(b), fma(odd(a), odd(b), c));
 }

@@ -127,7 +127,8 @@ def skip_where_rounding_differs(target: Target, dtype: torch.dtype) -> None:
 
 def flushed(values: torch.Tensor, target: Target, dtype: torch.dtype) -> torch.Tensor:
     """float32 values as the kernel rounds them: VCVTNEPS2BF16 takes subnormals for zero."""
-    if target == CPU and dtype == torch.bfloat16 and extension.selected_cpu_isa() == "avx512_bf16":
+    rounds_by_instruction = extension.selected_cpu_isa() in ("avx512_bf16", "avx512_amx")
+    if target == CPU and dtype == torch.bfloat16 and rounds_by_instruction:
         return values.where(values.isnan() | (values.abs() >= torch.finfo(dtype).tiny), 0.0)
     return values
 
