@@ -21,6 +21,7 @@ _library = torch.library.Library("cvfast", "FRAGMENT")
 _library.define("cpu_isa() -> str")
 _library.define("cpu_isa_levels() -> str")
 _library.define("cpu_select_isa(str level) -> ()")
+_library.define("cpu_amx_takes_floats(int pixels, int in_channels, int out_channels) -> bool")
 _library.define("cpu_l2_bytes() -> int")
 _library.define("cpu_l3_bytes() -> int")
 
@@ -141,6 +142,12 @@ _selected_isa: str | None = None
 def selected_cpu_isa() -> str | None:
     """What :func:`select_cpu_isa` was last given; None before: the best level."""
     return _selected_isa
+
+
+def cpu_amx_takes_floats(pixels: int, in_channels: int, out_channels: int) -> bool:
+    """Whether AMX multiplies a 1x1 convolution of float32, at the level in use; needs the cpu
+    extension."""
+    return torch.ops.cvfast.cpu_amx_takes_floats(pixels, in_channels, out_channels)
 
 
 def cpu_l2_bytes() -> int:

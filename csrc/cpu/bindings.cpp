@@ -2,6 +2,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/machine.h"
+#include "cpu/pointwise.h"
 
 namespace cvfast {
 
@@ -37,6 +38,10 @@ std::string cpu_isa_levels() {
 
 std::string cpu_isa() { return std::string(kIsaNames[static_cast<int>(current_isa())]); }
 
+bool cpu_amx_takes_floats(int64_t pixels, int64_t in_channels, int64_t out_channels) {
+    return has_amx() && amx_takes_floats(pixels, in_channels, out_channels);
+}
+
 void cpu_select_isa(const std::string& name) {
     for (int level = 0; level < kIsaCount; ++level) {
         if (name == kIsaNames[level] && select_isa(static_cast<Isa>(level))) {
@@ -54,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa", TORCH_BOX(&cvfast::cpu_isa));
     m.impl("cpu_isa_levels", TORCH_BOX(&cvfast::cpu_isa_levels));
     m.impl("cpu_select_isa", TORCH_BOX(&cvfast::cpu_select_isa));
+    m.impl("cpu_amx_takes_floats", TORCH_BOX(&cvfast::cpu_amx_takes_floats));
     m.impl("cpu_l2_bytes", TORCH_BOX(&cvfast::l2_bytes));
     m.impl("cpu_l3_bytes", TORCH_BOX(&cvfast::l3_bytes));
 }

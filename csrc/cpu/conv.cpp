@@ -29,7 +29,6 @@ constexpr double kMultiplyAddsPerNanosecond = 100;
 constexpr double kAmxPerNanosecond = 500, kAmxFloatPerNanosecond = 200;
 // Results that it leaves, at least as many as that with few input channels.
 constexpr double kAmxResultsPerNanosecond = 6;
-constexpr double kBytesPerNanosecond = 60;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -129,9 +128,11 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
         const double pixels = double(images * rows * plan.columns);
         const double channels = double(ceil_div(panels, channel_blocks) * kConvPanel);
         const double packed = double(images) * double(packed_bytes<T>(s, rows, plan.columns, amx));
-        const double time =
-            blocks * (pixels * channels * taps / rate +
-                      (packed + channels * taps * sizeof(float)) / kBytesPerNanosecond);
+        // Threads that share out the channels read each other's pixels, now and in the next layer.
+        const double time = blocks * (pixels * channels * taps / rate +
+                                      channels * taps * sizeof(float) / kWeightBytes +
+                                      reading_time(packed, channel_blocks) +
+                                      reading_time(pixels * channels * sizeof(T), channel_blocks));
         if (time < least) {
             least = time;
             plan.images = images;

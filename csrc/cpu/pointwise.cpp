@@ -21,7 +21,7 @@ constexpr double kNanosecondsPerThread = 4000;
 constexpr double kMultiplyAddsPerNanosecond = 100;
 // By AMX, in bfloat16 and in float, which takes six products.
 constexpr double kAmxPerNanosecond = 1000, kAmxFloatPerNanosecond = 200;
-constexpr double kSplitNanoseconds = 0.15;  // to split a float, and to bring it there
+constexpr double kSplitNanoseconds = 0.08;  // to split a float
 constexpr double kBytesPerNanosecond = 60, kAmxBytesPerNanosecond = 20;
 
 // The pixels of a block stay in the L2 cache while every panel of weights passes over them.
@@ -34,7 +34,7 @@ template <class T>
 bool takes_amx(const PointwiseShape& s) {
     if (!has_amx() || std::is_same_v<T, Half>) return false;
     if (std::is_same_v<T, BFloat16>) return true;
-    return s.batch * s.height * s.width >= 64 && s.in_channels >= 64 && s.out_channels >= 64;
+    return amx_takes_floats(s.batch * s.height * s.width, s.in_channels, s.out_channels);
 }
 
 template <class T>
@@ -75,18 +75,21 @@ Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int t
         const int64_t parts_per_run = std::min(ceil_div(parts, runs), run_rows);
         const int64_t row_blocks =
             ceil_div(ceil_div(run_rows, most_rows), parts_per_run) * parts_per_run;
-        // AMX takes two tiles of rows at a time.
-        constexpr int64_t kTwoTiles = 2 * kAmxRows;
         const int64_t block_rows = ceil_div(run_rows, row_blocks);
+        // AMX takes two tiles of rows at a time; a last one alone takes longer than half of that.
+        const bool alone = amx && ceil_div(block_rows, int64_t{kAmxRows}) % 2;
         const double rows = double(ceil_div(runs * row_blocks, parts)) *
-                            double(amx ? ceil_div(block_rows, kTwoTiles) * kTwoTiles : block_rows);
+                            double(alone ? block_rows + kAmxRows / 2 : block_rows);
         const double channels = double(ceil_div(panels, panel_blocks) * kPointwisePanel);
-        const double nanoseconds = amx && std::is_same_v<T, float>
-                                       ? kSplitNanoseconds
-                                       : double(sizeof(T)) / kBytesPerNanosecond;
-        const double time =
-            double(s.in_channels) * (rows * channels / multiply_adds_per_nanosecond<T>(amx) +
-                                     (rows + channels) * nanoseconds);
+        const double in = double(s.in_channels), size = sizeof(T);
+        const double products = in * rows * channels / multiply_adds_per_nanosecond<T>(amx);
+        const double weights = in * channels * size / kWeightBytes;
+        const double split =
+            amx && std::is_same_v<T, float> ? in * (rows + channels) * kSplitNanoseconds : 0;
+        // Threads that share out the channels read each other's pixels, now and in the next layer.
+        const double pixels = reading_time(in * rows * size, panel_blocks) +
+                              reading_time(channels * rows * size, panel_blocks);
+        const double time = products + weights + split + pixels;
         if (time < least) {
             least = time;
             best = {row_blocks, panel_blocks};

@@ -334,8 +334,6 @@ _LEAST_BYTES = {True: 512 * 1024, False: 1024 * 1024}  # with and without an exp
 # first half of a squeeze-excite block keeps less out of memory.
 _LEAST_HEIGHT, _LEAST_SQUEEZE_HEIGHT = 14, 28
 _LEAST_BAND = 7
-# Products of so many channels run faster alone, by AMX: the block multiplies floats as they are.
-_AMX_CHANNELS = 64
 
 
 def fuses(
@@ -367,9 +365,14 @@ def fuses(
     squeeze = out_channels is None
     if squeeze and not expands:
         return False
-    if dtype == torch.float32 and extension.cpu_isa() == "avx512_amx":
-        inner = (hidden, out_channels or hidden, x_shape[1] if expands else hidden)
-        if min(inner) >= _AMX_CHANNELS:
+    if dtype == torch.float32:
+        # Products that AMX can multiply run faster alone: the block multiplies floats as they are.
+        products = []
+        if expands:
+            products.append((n * height * width, x_shape[1], hidden))
+        if out_channels is not None:
+            products.append((n * out_height * out_width, hidden, out_channels))
+        if all(extension.cpu_amx_takes_floats(*product) for product in products):
             return False
     pixels = height * width if expands else out_height * out_width
     spared = n * pixels * hidden * dtype.itemsize

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvfast import extension
 from cvfast.ops.conv import choose_algorithm, conv_cpu
 from cvfast.ops.pointwise import pointwise
 from cvfast.testing import assert_close_to_float64, image, isa, isa_levels, threads
@@ -32,27 +33,42 @@ def weights(out: int, channels: int, seed: int = 1) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
+    pixels = x.numel() // x.shape[1]
+    assert extension.cpu_amx_takes_floats(pixels, weight.shape[1], weight.shape[0])
     return pointwise(x, weight, backend="cpu")
 
 
-@pytest.mark.parametrize("channels", [64, 65, 96, 255, 256, 257, 1000, 2048])
+@pytest.mark.parametrize("channels", [128, 129, 160, 255, 256, 257, 1000, 2048])
 @pytest.mark.parametrize("size", [(8, 8), (7, 13), (17, 15)])
 def test_float_products_in_pieces_are_as_exact_as_pytorchs(
     channels: int, size: tuple[int, int]
 ) -> None:
-    x, weight = image((1, channels, *size)), weights(72, channels)
+    x, weight = image((1, channels, *size)), weights(136, channels)
     assert_close_to_float64(product(x, weight), F.conv2d, x, weight)
 
 
+def test_many_pixels_take_fewer_channels() -> None:
+    x, weight = image((1, 66, 28, 28)), weights(72, 66)
+    assert_close_to_float64(product(x, weight), F.conv2d, x, weight)
+
+
+def test_small_layers_and_other_levels_multiply_floats_as_they_are() -> None:
+    takes = extension.cpu_amx_takes_floats
+    assert takes(64, 128, 128) and takes(784, 64, 64)
+    assert not (takes(63, 128, 128) or takes(64, 127, 128) or takes(783, 64, 200))
+    with isa("avx512"):
+        assert not takes(784, 128, 128)
+
+
 def test_numbers_of_all_magnitudes() -> None:
-    x, weight = image((1, 128, 9, 9)), weights(64, 128)
+    x, weight = image((1, 128, 9, 9)), weights(128, 128)
     scales = 2.0 ** torch.randint(-40, 40, (128, 1, 1), generator=torch.Generator().manual_seed(2))
     x, weight = x * scales, weight / scales[:, 0, 0].view(1, -1, 1, 1)
     assert_close_to_float64(product(x, weight), F.conv2d, x, weight)
 
 
 def test_the_largest_numbers_do_not_overflow_when_they_are_split() -> None:
-    x, weight = image((1, 64, 8, 8)), weights(64, 64) * 2.0**-10
+    x, weight = image((1, 128, 8, 8)), weights(128, 128) * 2.0**-10
     x[0, 3, 2], x[0, 5, :, 1] = LARGEST, -LARGEST
     assert product(x, weight).isfinite().all()
     assert_close_to_float64(product(x, weight), F.conv2d, x, weight)
@@ -61,7 +77,7 @@ def test_the_largest_numbers_do_not_overflow_when_they_are_split() -> None:
 @pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
 @pytest.mark.parametrize("where", ["x", "weight"])
 def test_infinities_and_every_nan_stay_in_their_place(bits: int, where: str) -> None:
-    x, weight = image((1, 64, 8, 9)), weights(80, 64)
+    x, weight = image((1, 128, 8, 9)), weights(136, 128)
     weight[0] = 1.0  # its lower pieces are zero, and infinity times zero is NaN
     special = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     if where == "x":
