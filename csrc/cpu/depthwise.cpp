@@ -34,7 +34,8 @@ DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseOperands<T>&, in
     plan.blocks = (s.channels + kBlockChannels - 1) / kBlockChannels;
     plan.tasks = s.batch * s.multiplier * plan.blocks * s.out_height;
     plan.threads = useful_threads(s, sizeof(T), threads);
-    plan.bands = s.batch % plan.threads == 0 ? 1 : std::min<int64_t>(plan.threads, s.out_height);
+    const int64_t bands = s.batch % plan.threads == 0 ? 1 : plan.threads;
+    plan.band_rows = (s.out_height + bands - 1) / bands;
     return plan;
 }
 
@@ -53,14 +54,11 @@ void run_tasks(const DepthwiseShape& s, const DepthwiseOperands<T>& o, const Dep
     while (begin < end) {
         const int64_t image = begin / (planes * s.out_height);
         const int64_t first = begin % (planes * s.out_height);
-        int64_t band = first * plan.bands / (planes * s.out_height);
-        const auto band_row = [&](int64_t i) { return i * s.out_height / plan.bands; };
-        while (planes * band_row(band + 1) <= first) ++band;
-        const int64_t band_rows = band_row(band + 1) - band_row(band);
-        const int64_t in_band = first - planes * band_row(band);
-        const int64_t plane = in_band / band_rows;
-        const int64_t row = band_row(band) + in_band % band_rows;
-        const int64_t rows = std::min(end - begin, band_row(band + 1) - row);
+        const int64_t band = first / (planes * plan.band_rows) * plan.band_rows;
+        const int64_t band_rows = std::min(plan.band_rows, s.out_height - band);
+        const int64_t in_band = first - planes * band;
+        const int64_t plane = in_band / band_rows, row = in_band % band_rows;
+        const int64_t rows = std::min(end - begin, band_rows - row);
         const int64_t block = plane % blocks;
         const int64_t j = plane / blocks;
         const DepthwiseRange range{
@@ -68,8 +66,8 @@ void run_tasks(const DepthwiseShape& s, const DepthwiseOperands<T>& o, const Dep
             j,
             block * panels / blocks * kDepthwisePanel,
             std::min(s.channels, (block + 1) * panels / blocks * kDepthwisePanel),
-            row,
-            row + rows,
+            band + row,
+            band + row + rows,
             std::max<int64_t>(1, s.height)};
         kernel(s, o.x, o.packed, o.out, range);
         begin += rows;

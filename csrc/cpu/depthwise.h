@@ -15,10 +15,11 @@ struct DepthwiseOperands {
     T* out;
 };
 
-// A task is an output row of a block of channels of one image, at one step of the multiplier.
+// A task is an output row of a block of channels of one image, at one step of the multiplier. All
+// of a band of rows come before those of the next.
 struct DepthwisePlan : Cut {
     int64_t blocks;
-    int64_t bands;  // of rows
+    int64_t band_rows;  // at most
 };
 
 template <class T>
