@@ -17,7 +17,9 @@ namespace {
 
 // Input rows of a block: they stay in L2 beside the weights of a register tile. Weights that are
 // more than this many bytes come from further away for every block, which had better be large then.
-const int64_t kPackedBytes = l2_bytes() / 4;
+// AMX multiplies faster than L3 hands on weights: 1024 to 512 channels at 32x32 take 0.85 of the
+// time with blocks of this size.
+const int64_t kPackedBytes = l2_bytes() / 4, kAmxPackedBytes = l2_bytes() * 2 / 5;
 const int64_t kManyWeights = l2_bytes() * 8;
 // Columns of a block at least, where rows are longer than that.
 constexpr int64_t kMinColumns = 56;
@@ -95,7 +97,8 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
     const double rate = multiply_adds_per_nanosecond<T>(amx);
     const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     const double weights = taps * double(s.out_channels) * sizeof(float);
-    const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : kPackedBytes;
+    const int64_t some = amx ? kAmxPackedBytes : kPackedBytes;
+    const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : some;
     plan.images = 1;
     plan.columns = s.out_width;
     while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns, amx) > most_packed) {
