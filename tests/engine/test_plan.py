@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import cvfast
-from cvfast.engine import memory
+from cvfast.engine import memory, nodes
 from cvfast.engine.nodes import (
     Conv,
     Elementwise,
@@ -55,6 +56,26 @@ def test_a_plan_runs_on_whatever_tensors_it_is_handed(count: int) -> None:
         out = torch.full_like(x, float("nan"))
         plan.run([x], [out])
         torch.testing.assert_close(out, x + 7)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6])
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 2)])
+def test_the_taps_of_a_transposed_convolution_take_turns(
+    rows: int, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.ConvTranspose2d(16, 24, kernel, kernel).eval()
+    x = image((2, 16, rows, 7))
+    whole = cvfast.optimize(model, x)(x)
+    monkeypatch.setattr(nodes, "_TAKEN_IN_TURN", 64)  # a row of the source at a time
+    in_turns = cvfast.optimize(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(in_turns(x), model(x))
+    torch.testing.assert_close(in_turns(x), whole, rtol=0, atol=0)
+    source = Image((2, 16, rows, 7), x.dtype)
+    result = Image((2, 24, rows * kernel[0], 7 * kernel[1]), x.dtype)
+    node = nodes.TransposedConv(result, source, [()] * prod(kernel), kernel)
+    tensors = {source: x, result: torch.empty(result.shape)}
+    assert len(node.calls(tensors.__getitem__)) == rows * prod(kernel)
 
 
 def test_one_place_serves_a_chain_of_any_length() -> None:
