@@ -464,10 +464,10 @@ def _transform_line(taps: Tensor) -> Tensor:
 # In multiply-adds, what it costs to carry one element through a transform, and to read one word of
 # weights from memory; fitted to layers of ResNet-18 and ResNet-50 on Zen 5. A word costs 7 where
 # one thread reads and 12 where two share the memory: the choice must not depend on threads, for
-# results must not. Granite Rapids multiplies as fast, and reads at half the rate.
+# results must not. Granite Rapids multiplies as fast, and reads at less than half the rate.
 _TRANSFORM_COST = 6.0
 _WEIGHT_COST = 12.0
-_WEIGHT_COST_OF_LEVEL = {"avx512_amx": 24.0}
+_WEIGHT_COST_OF_LEVEL = {"avx512_amx": 30.0}
 
 
 _AMX_RATE = 6.0
