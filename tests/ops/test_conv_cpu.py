@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvfast import backends, tolerance
-from cvfast import extension
+from cvfast import backends, extension, tolerance
 from cvfast.ops.activation import Activation
 from cvfast.ops.conv import (
     ALGORITHMS,
