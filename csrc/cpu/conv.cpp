@@ -97,8 +97,8 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
     const double rate = multiply_adds_per_nanosecond<T>(amx);
     const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     const double weights = taps * double(s.out_channels) * sizeof(float);
-    const int64_t some = amx ? kAmxPackedBytes : kPackedBytes;
-    const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : some;
+    const int64_t usual = amx ? kAmxPackedBytes : kPackedBytes;
+    const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : usual;
     plan.images = 1;
     plan.columns = s.out_width;
     while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns, amx) > most_packed) {

@@ -288,7 +288,7 @@ class TransposedConv(Node):
         rows, columns = self.kernel_size
         surroundings = ((1, 1), None, None, None, None, "none")
         height = x.shape[2]
-        bands = min(height, max(1, self.out.bytes // max(1, len(x)) // _TAKEN_IN_TURN))
+        bands = max(1, min(height, self.out.bytes // max(1, len(x)) // _TAKEN_IN_TURN))
         bounds = [band * height // bands for band in range(bands + 1)]
         calls = []
         for begin, end in pairwise(bounds):

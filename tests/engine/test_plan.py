@@ -78,6 +78,12 @@ def test_the_taps_of_a_transposed_convolution_take_turns(
     assert len(node.calls(tensors.__getitem__)) == rows * prod(kernel)
 
 
+def test_a_transposed_convolution_of_no_rows_has_its_calls_too() -> None:
+    source, result = (Image((1, 16, 0, width), torch.float32) for width in (7, 14))
+    node = nodes.TransposedConv(result, source, [()] * 4, (2, 2))
+    assert len(node.calls(lambda v: torch.empty(v.shape))) == 4
+
+
 def test_one_place_serves_a_chain_of_any_length() -> None:
     plan = Plan(chain(9), 1)
     assert plan.arena_bytes == plan.least_arena_bytes == 1920
