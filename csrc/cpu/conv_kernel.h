@@ -343,12 +343,19 @@ void conv_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b
     // Narrow images: a tile takes pixels of two rows.
     const bool pairs = 2 * columns <= kTilePixels;
     const int64_t tiles = (columns + kTilePixels - 1) / kTilePixels;
+    const int64_t row_groups = (b.row_end - b.row_begin + pairs) / (1 + pairs);
+    const int64_t tiles_of_panel = (b.image_end - b.image_begin) * row_groups * tiles;
+    // Two register tiles' weights and the rows must have room.
+    const int64_t held = (b.image_end - b.image_begin) * p.words() + 2 * kTilePanels * t.panel;
+    const bool ahead = held * int64_t{sizeof(float)} <= l2_bytes();
     for (int64_t panel = b.panel_begin; panel < b.panel_end; panel += kTilePanels) {
         const int64_t panels = std::min<int64_t>(kTilePanels, b.panel_end - panel);
         const int64_t channel = panel * kConvPanel;
         t.b = o.packed + panel * t.panel;
         result.bias = t.b + rows_of_panel * kConvPanel;
         result.channels = std::min(panels * kConvPanel, s.out_channels - channel);
+        const bool last = panel + panels == b.panel_end;
+        t.fetch_ahead(ahead && !last ? t.b + panels * t.panel : nullptr, tiles_of_panel);
         for (int64_t image = b.image_begin; image < b.image_end; ++image) {
             for (int64_t row = b.row_begin; row < b.row_end; ++row) {
                 const KernelRows kernel = kernel_rows(s, row);

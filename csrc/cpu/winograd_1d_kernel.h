@@ -238,9 +238,14 @@ void winograd_1d_block(const ConvShape& s, const ConvOperands<T>& o, const Winog
     const int64_t passes = (w.runs * kBlock + kLongestSum - 1) / kLongestSum;
     for (int64_t panel = b.panel_begin; panel < b.panel_end; panel += kTilePanels) {
         const int64_t panels = std::min<int64_t>(kTilePanels, b.panel_end - panel);
+        const bool last = panel + panels == b.panel_end;
         result.channels = panels * kConvPanel;
         for (int tap = 0; tap < kWinograd1dPoints; ++tap) {
-            t.b = o.packed + panel * t.panel + tap * groups * s.in_channels * kConvPanel;
+            const int64_t rows_of_tap = groups * s.in_channels;
+            t.b = o.packed + panel * t.panel + tap * rows_of_tap * kConvPanel;
+            const float* after = last ? nullptr : o.packed + (panel + panels) * t.panel;
+            const bool more = tap + 1 < kWinograd1dPoints;
+            t.fetch_ahead(more ? t.b + rows_of_tap * kConvPanel : after, parts);
             // Of a group's taps the last meets infinity, and only the last group has that many.
             const int64_t absent = tap == kWinograd1dPoints - 1 ? w.runs - w.runs / groups : 0;
             const int64_t count = w.runs - absent;

@@ -397,9 +397,12 @@ void winograd_block(const ConvShape& s, const ConvOperands<T>& o, const Winograd
     const int64_t parts = (tiles + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = b.panel_begin; panel < b.panel_end; panel += kTilePanels) {
         const int64_t panels = std::min<int64_t>(kTilePanels, b.panel_end - panel);
+        const bool last = panel + panels == b.panel_end;
         result.channels = panels * kConvPanel;
         for (int tap = 0; tap < kTaps; ++tap) {
             t.b = o.packed + panel * t.panel + tap * words * kConvPanel;
+            const float* after = last ? nullptr : o.packed + (panel + panels) * t.panel;
+            t.fetch_ahead(tap + 1 < kTaps ? t.b + words * kConvPanel : after, parts);
             for (int64_t part = 0; part < parts; ++part) {
                 // Parts of almost equal height: a rest of one would run at a low rate.
                 const int64_t begin = part * tiles / parts;
