@@ -63,6 +63,9 @@ constexpr int64_t amx_steps(int64_t run_values) {
     return (run_values + 2 * kAmxWords - 1) / (2 * kAmxWords);
 }
 
+// Tiles that cover a line of positions.
+constexpr int64_t amx_tiles(int64_t positions) { return (positions + kAmxRows - 1) / kAmxRows; }
+
 // Panels of weights that pass over all positions before the next do.
 template <class T>
 constexpr int64_t amx_panels_at_once(int64_t run_count, int64_t run_values) {

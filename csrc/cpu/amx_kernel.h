@@ -309,7 +309,7 @@ struct AmxTiling {
 
     template <class T>
     explicit AmxTiling(const AmxProduct<T>& t)
-        : per_line((t.positions + kAmxRows - 1) / kAmxRows),
+        : per_line(amx_tiles(t.positions)),
           tiles(per_line * t.lines),
           rows(static_cast<int>((t.positions + per_line - 1) / per_line)) {}
 };

@@ -2,8 +2,8 @@
 //
 // The input rows of a block are brought into scratch memory as [row][column][channel] of bfloat16
 // (float in three pieces), with the padding's zeros. There the products of a kernel row are a run
-// of neighbouring words, and at stride 1 all outputs of an image are one line of positions, of
-// which those between the rows are computed and left out.
+// of neighbouring words. Rows of one phase of the stride lie together, so that all outputs of an
+// image can be one line of positions, of which those between the rows are computed and left out.
 
 #include "cpu/amx_kernel.h"
 
@@ -123,6 +123,11 @@ void pack_amx_row(const ConvShape& s, const AmxRows& p, const T* x, const T* x2,
     }
 }
 
+// Where row i of a block lies.
+CVFAST_INLINE int64_t amx_row(const ConvShape& s, const AmxRows& p, int64_t i) {
+    return (i % s.stride_h * (p.rows / s.stride_h) + i / s.stride_h) * p.row;
+}
+
 template <class T>
 void conv_amx_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBlock& b,
                     void* scratch) {
@@ -139,7 +144,7 @@ void conv_amx_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBloc
             const bool inside = y >= 0 && y < s.height;
             const T* x = inside ? o.x + n * s.x.image + y * s.x.row : nullptr;
             const T* x2 = inside && o.x2 ? o.x2 + n * s.x2.image + y * s.x2.row : nullptr;
-            char* row = packed + image * p.image + i * p.row;
+            char* row = packed + image * p.image + amx_row(s, p, i);
             pack_amx_row(s, p, x, x2, left, reinterpret_cast<BFloat16*>(row));
         }
     }
@@ -149,8 +154,8 @@ void conv_amx_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBloc
     }
 
     for (int64_t run = 0; run < p.run_count; ++run) {
-        const int64_t r = run / p.runs_per_row, k = run % p.runs_per_row;
-        runs[run] = r * s.dilation_h * p.row + k * s.dilation_w * p.pixel;
+        const int64_t r = run / p.runs_per_row * s.dilation_h, k = run % p.runs_per_row;
+        runs[run] = amx_row(s, p, r) + k * s.dilation_w * p.pixel;
     }
     AmxProduct<T> t{};
     t.a = packed;
@@ -160,13 +165,13 @@ void conv_amx_block(const ConvShape& s, const ConvOperands<T>& o, const ConvBloc
     t.runs = runs;
     t.run_count = p.run_count;
     t.run_values = p.run_values;
-    if (s.stride_h == 1 && s.stride_w == 1) {
-        t.lines_per_image = 1;
-        t.positions = (out_rows - 1) * p.columns + out_columns;
-        t.period = p.columns;
-    } else {
+    // One line, or one for each row of outputs: whatever takes fewer tiles.
+    t.period = p.columns / s.stride_w;
+    t.positions = (out_rows - 1) * t.period + out_columns;
+    t.lines_per_image = 1;
+    if (out_rows * amx_tiles(out_columns) < amx_tiles(t.positions)) {
         t.lines_per_image = out_rows;
-        t.a_line = s.stride_h * p.row;
+        t.a_line = p.row;
         t.positions = t.period = out_columns;
     }
     t.lines = images * t.lines_per_image;

@@ -84,8 +84,9 @@ int64_t run_list_bytes(const ConvShape& s) {
 }
 
 // Scratch memory of a block for AMX: offsets of the runs, then the input rows, then the weights.
+// Rows are in the order of outputs: [phase][row / stride], as many for each phase.
 struct AmxRows {
-    int64_t columns, rows;             // of the padded block
+    int64_t columns, rows;             // of the padded block, multiples of the strides
     int64_t pixel, row, image, piece;  // bytes
     int64_t run_count, runs_per_row, run_values;
     int64_t pieces;
@@ -97,8 +98,11 @@ struct AmxRows {
 template <class T>
 AmxRows amx_rows(const ConvShape& s, int64_t images, int64_t out_rows, int64_t out_columns) {
     AmxRows p{};
-    p.columns = (out_columns - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1;
-    p.rows = (out_rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    const auto padded = [](int64_t outputs, int64_t stride, int64_t kernel, int64_t dilation) {
+        return (outputs - 1 + ((kernel - 1) * dilation + stride) / stride) * stride;
+    };
+    p.columns = padded(out_columns, s.stride_w, s.kernel_w, s.dilation_w);
+    p.rows = padded(out_rows, s.stride_h, s.kernel_h, s.dilation_h);
     const int64_t channels = conv_words<T>(s.in_channels) * kConvWord<T>;
     p.pixel = channels * int64_t{sizeof(BFloat16)};
     p.row = p.columns * p.pixel;
