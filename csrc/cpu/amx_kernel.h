@@ -96,10 +96,20 @@ struct StoreFirst {
     }
 };
 
+template <int kTile, bool kKeep>
+CVFAST_INLINE void tile_load_weights(const char* p) {
+    if constexpr (kKeep) {
+        tile_load<kTile>(p, 64);
+    } else {
+        tile_load_once<kTile>(p, 64);
+    }
+}
+
 // Adds to sums m * N + n the product of positions m and weights n. kLoadA, kLoadB: with `both`,
-// whether positions and weights are others than at the call before. Weights come from L2, mostly:
-// loaded without a copy in L1, they leave it to the positions.
-template <int M, int N, StepTiles kTiles, bool kLoadA, bool kLoadB, class Sums, int kStep = 0>
+// whether positions and weights are others than at the call before. kKeep: the weights stay in L1;
+// where they come from L2, loaded without a copy they leave L1 to the positions.
+template <int M, int N, StepTiles kTiles, bool kKeep, bool kLoadA, bool kLoadB, class Sums,
+          int kStep = 0>
 CVFAST_INLINE void multiply_tiles(const char* const (&a)[M], int64_t a_row,
                                   const char* const (&b)[N], const Sums& sums) {
     static_assert((M <= 2 && N <= 2) || M == 1 || N == 1);
@@ -111,15 +121,15 @@ CVFAST_INLINE void multiply_tiles(const char* const (&a)[M], int64_t a_row,
     constexpr int kB = kBoth ? 6 + n % 2 : kTiles == StepTiles::whole ? 6 : 7;
     if constexpr (kPaired) {
         if constexpr (kStep == 0 && kLoadB) {
-            tile_load_once<6>(b[0], 64);
-            if constexpr (N == 2) tile_load_once<7>(b[1], 64);
+            tile_load_weights<6, kKeep>(b[0]);
+            if constexpr (N == 2) tile_load_weights<7, kKeep>(b[1]);
         }
         if constexpr (kStep == 0 && kLoadA) {
             tile_load<4>(a[0], a_row);
             if constexpr (M == 2) tile_load<5>(a[1], a_row);
         }
     } else {
-        if constexpr (i == 0 && (kLoadB || N > 2)) tile_load_once<kB>(b[n], 64);
+        if constexpr (i == 0 && (kLoadB || N > 2)) tile_load_weights<kB, kKeep>(b[n]);
         if constexpr ((n == 0 && (kLoadA || M > 2)) || (!kBoth && i > 0)) {
             tile_load<kA>(a[m], a_row);
         }
@@ -127,7 +137,7 @@ CVFAST_INLINE void multiply_tiles(const char* const (&a)[M], int64_t a_row,
     sums.template begin<m * N + n>();
     tile_dot<m * N + n, kA, kB>();
     if constexpr (kStep + 1 < M * N) {
-        multiply_tiles<M, N, kTiles, kLoadA, kLoadB, Sums, kStep + 1>(a, a_row, b, sums);
+        multiply_tiles<M, N, kTiles, kKeep, kLoadA, kLoadB, Sums, kStep + 1>(a, a_row, b, sums);
     }
 }
 
@@ -137,11 +147,11 @@ struct PiecePair {
 };
 inline constexpr PiecePair kPiecePairs[] = {{2, 0}, {1, 0}, {0, 0}, {0, 2}, {0, 1}, {1, 1}};
 
-template <int M, int N, StepTiles kTiles, class T, class Sums, int kPair = 0>
+template <int M, int N, StepTiles kTiles, bool kKeep, class T, class Sums, int kPair = 0>
 CVFAST_INLINE void multiply_pieces(const AmxProduct<T>& t, const char* const (&a)[M],
                                    const char* const (&b)[N], const Sums& sums) {
     if constexpr (kAmxPieces<T> == 1) {
-        multiply_tiles<M, N, kTiles, true, true>(a, t.a_pixel, b, sums);
+        multiply_tiles<M, N, kTiles, kKeep, true, true>(a, t.a_pixel, b, sums);
     } else if constexpr (kPair < static_cast<int>(std::size(kPiecePairs))) {
         constexpr PiecePair pair = kPiecePairs[kPair];
         constexpr bool kBoth = kTiles == StepTiles::both;
@@ -150,9 +160,9 @@ CVFAST_INLINE void multiply_pieces(const AmxProduct<T>& t, const char* const (&a
         const char* pb[N];
         CVFAST_UNROLL for (int m = 0; m < M; ++m) pa[m] = a[m] + pair.a * t.a_piece;
         CVFAST_UNROLL for (int n = 0; n < N; ++n) pb[n] = b[n] + pair.b * kAmxTileBytes;
-        multiply_tiles<M, N, kTiles, !kBoth || pair.a != before.a, !kBoth || pair.b != before.b>(
-            pa, t.a_pixel, pb, sums);
-        multiply_pieces<M, N, kTiles, T, GoOn, kPair + 1>(t, a, b, GoOn{});
+        multiply_tiles<M, N, kTiles, kKeep, !kBoth || pair.a != before.a,
+                       !kBoth || pair.b != before.b>(pa, t.a_pixel, pb, sums);
+        multiply_pieces<M, N, kTiles, kKeep, T, GoOn, kPair + 1>(t, a, b, GoOn{});
     }
 }
 
@@ -314,16 +324,22 @@ struct AmxTiling {
           rows(static_cast<int>((t.positions + per_line - 1) / per_line)) {}
 };
 
-// Where a tile lies; positions count along its line.
+// Where a tile lies; positions count along its line. Divisions take as long as products of few
+// channels: where there is one line, there are none.
 struct TilePositions {
-    int64_t image, line, begin, first_wanted;
+    int64_t image = 0, line = 0, begin, first_wanted;
 
     template <class T>
-    TilePositions(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile)
-        : image(tile / tiling.per_line / t.lines_per_image),
-          line(tile / tiling.per_line % t.lines_per_image),
-          begin(std::min(tile % tiling.per_line * tiling.rows, t.positions - tiling.rows)),
-          first_wanted(tile % tiling.per_line * tiling.rows) {}
+    TilePositions(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile) {
+        if (tiling.tiles != tiling.per_line) {
+            const int64_t of_line = tile / tiling.per_line;
+            tile -= of_line * tiling.per_line;
+            image = of_line / t.lines_per_image;
+            line = of_line - image * t.lines_per_image;
+        }
+        first_wanted = tile * tiling.rows;
+        begin = std::min(first_wanted, t.positions - tiling.rows);
+    }
 
     template <class T>
     const char* a(const AmxProduct<T>& t) const {
@@ -421,8 +437,9 @@ class AmxResults {
         a_ = positions.a(t_);
         at_ = static_cast<int>(positions.first_wanted - begin_);
         from_ += at_ * N * kLanes;
-        row_ = positions.line + positions.first_wanted / t_.period;
-        pixel_ = positions.first_wanted % t_.period;
+        row_ = positions.line;
+        pixel_ = positions.first_wanted;
+        if (pixel_ >= t_.period) row_ += pixel_ / t_.period, pixel_ %= t_.period;
     }
 
     void make_row(int64_t count) {
@@ -552,8 +569,11 @@ struct AmxWalk {
     int64_t run = 0, step = 0;
 };
 
-// kEven: every step has 16 words.
-template <int M, int N, bool kEven, class T, class Sums>
+// Weights of all panels, up to which they stay in L1 beside positions and results.
+inline constexpr int64_t kWeightsInL1 = 16 * 1024;
+
+// kEven: every step has 16 words. kKeep: as of multiply_tiles().
+template <int M, int N, bool kEven, bool kKeep, class T, class Sums>
 CVFAST_INLINE void amx_step(const AmxProduct<T>& t, int64_t steps, AmxWalk<M, N>& walk,
                             const Sums& sums) {
     constexpr int64_t kStepBytes = int64_t{kAmxTileBytes} * kAmxPieces<T>;
@@ -563,9 +583,10 @@ CVFAST_INLINE void amx_step(const AmxProduct<T>& t, int64_t steps, AmxWalk<M, N>
     }
     int64_t bytes = kStepBytes;
     if (kEven || walk.step + 1 < steps) {
-        multiply_pieces<M, N, kEven ? StepTiles::both : StepTiles::whole>(t, a, walk.weights, sums);
+        constexpr StepTiles kTiles = kEven ? StepTiles::both : StepTiles::whole;
+        multiply_pieces<M, N, kTiles, kKeep>(t, a, walk.weights, sums);
     } else {
-        multiply_pieces<M, N, StepTiles::last>(t, a, walk.weights, sums);
+        multiply_pieces<M, N, StepTiles::last, kKeep>(t, a, walk.weights, sums);
         const int64_t words = (t.run_values + 1) / 2;
         if (kAmxPieces<T> == 1) bytes = (words - (steps - 1) * kAmxWords) * 64;
     }
@@ -574,7 +595,7 @@ CVFAST_INLINE void amx_step(const AmxProduct<T>& t, int64_t steps, AmxWalk<M, N>
 }
 
 // The sums of the N panels from channel c on for M tiles of positions from `tile` on.
-template <int M, int N, bool kEven, class T>
+template <int M, int N, bool kEven, bool kKeep, class T>
 void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int64_t c,
               const char* const (&weights)[N], AmxResults<N, T>& results) {
     const int64_t steps = amx_steps(t.run_values), all = t.run_count * steps;
@@ -585,15 +606,15 @@ void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int
     int64_t due = 0, per_step = 0;
     for (int64_t begin = 0, end; begin < all; begin = end) {
         if (results.in_tiles()) {
-            amx_step<M, N, kEven>(t, steps, walk, StoreFirst<N>{results.place()});
+            amx_step<M, N, kEven, kKeep>(t, steps, walk, StoreFirst<N>{results.place()});
             results.stored();
         } else {
-            amx_step<M, N, kEven>(t, steps, walk, FromZero{});
+            amx_step<M, N, kEven, kKeep>(t, steps, walk, FromZero{});
         }
         if (begin == 0) per_step = results.positions_left() / all + 1;
         end = std::min(begin + most, all);
         for (int64_t i = begin + 1; i < end; ++i) {
-            amx_step<M, N, kEven>(t, steps, walk, GoOn{});
+            amx_step<M, N, kEven, kKeep>(t, steps, walk, GoOn{});
             if ((due += per_step) >= kAtOnce) results.make(due), due = 0;
         }
         results.sum(tile, M, c, begin == 0, end == all);
@@ -610,14 +631,21 @@ template <int M, int N, class T>
 void amx_panels(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, int64_t panels,
                 const AmxWeights<T>& weights, int64_t tile = 0) {
     AmxResults<N, T> results(t, tiling);
+    constexpr bool kMayKeep = kAmxPieces<T> == 1;
+    const bool even = t.run_values % (2 * kAmxWords) == 0;
+    const int64_t weights_bytes = panels * t.run_count * amx_steps(t.run_values) * kAmxTileBytes;
+    const bool keep = kMayKeep && weights_bytes <= kWeightsInL1;
     for (; tiling.tiles - tile >= M; tile += M) {
         for (int64_t i = 0; i + N <= panels; i += N) {
             const char* b[N];
             CVFAST_UNROLL for (int n = 0; n < N; ++n) b[n] = weights.panel(i + n);
-            if (t.run_values % (2 * kAmxWords) == 0) {
-                amx_sums<M, N, true>(t, tiling, tile, c + i * kAmxPanel, b, results);
+            const int64_t channel = c + i * kAmxPanel;
+            if (!even) {
+                amx_sums<M, N, false, false>(t, tiling, tile, channel, b, results);
+            } else if (keep) {
+                amx_sums<M, N, true, kMayKeep>(t, tiling, tile, channel, b, results);
             } else {
-                amx_sums<M, N, false>(t, tiling, tile, c + i * kAmxPanel, b, results);
+                amx_sums<M, N, true, false>(t, tiling, tile, channel, b, results);
             }
         }
     }
