@@ -35,9 +35,10 @@ constexpr double kAmxResultsPerNanosecond = 6;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether AMX multiplies where the algorithm is direct. Floats are split in pieces first; those of
-// two panels of weights must leave room in L2, and enough pixels must share them: 256 to 512
-// channels take 0.8 of the time at 14x14, but 1.5 times as long at 7x7. Results depend on it, and
-// an image may come in bands: the number of rows must not matter.
+// two panels of weights must leave room in L2, and enough pixels must share them: 128 to 256
+// channels take 0.76 of the time at 14x14, but 256 to 512 at 7x7 1.3 times as long on one thread
+// and 1.4 on two. Results depend on it, and an image may come in bands: the number of rows must not
+// matter.
 template <class T>
 bool takes_amx(const ConvShape& s) {
     if (s.algorithm != ConvAlgorithm::direct || !has_amx() || std::is_same_v<T, Half>) return false;
