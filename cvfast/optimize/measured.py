@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from cvfast import env, extension
 from cvfast.perf import environment
@@ -22,6 +23,7 @@ from .match import Site
 
 _FORMAT = "cvfast measured choices, 1"
 _MOST_ENTRIES = 10_000
+_LOCK_SECONDS = 10.0
 
 Choice = tuple[str | None, float]
 """The fastest candidate, None where nothing beats the unfused path; and its gain."""
@@ -65,27 +67,31 @@ def find(key: str) -> Choice | None:
 
 
 def remember(key: str, choice: Choice) -> None:
-    """Adds an entry. The file is replaced as a whole, so that a reader never sees half of it; of
-    processes that write at once, one may lose its entry, and measures again."""
-    entries = _read()
-    if entries is None:
-        return
-    entries[key] = choice
-    kept = list(entries.items())[-_MOST_ENTRIES:]
-    text = json.dumps({"format": _FORMAT, "entries": dict(kept)}, indent=0)
+    """Adds an entry. Processes that write at once take turns, so that none loses its entry, and
+    the file is replaced as a whole, so that a reader never sees half of it."""
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as out:
-                out.write(text)
-            os.replace(partial, file)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS):
+            entries = _read()
+            if entries is None:
+                return
+            entries[key] = choice
+            kept = list(entries.items())[-_MOST_ENTRIES:]
+            _replace(file, json.dumps({"format": _FORMAT, "entries": dict(kept)}, indent=0))
     except OSError as error:
         _warn(file, f"cannot be written ({error})")
+
+
+def _replace(file: Path, text: str) -> None:
+    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def _read() -> dict[str, Choice] | None:

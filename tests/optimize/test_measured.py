@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import cvfast
@@ -105,11 +106,12 @@ def test_a_place_that_cannot_be_written_costs_a_warning(
         assert set(gains(net)) == {1.5}
 
 
-def test_processes_that_write_at_once_leave_a_whole_file(measured_file: Path) -> None:
+def test_processes_that_write_at_once_lose_nothing(measured_file: Path) -> None:
     code = (
         "import sys; from cvfast.optimize import measured\n"
-        "for i in range(50): measured.remember(f'{sys.argv[1]} {i}', ('cpu', 1.0 + i))\n"
-        "assert measured.find(f'{sys.argv[1]} 49') in (None, ('cpu', 50.0))"
+        "for i in range(50):\n"
+        "    measured.remember(f'{sys.argv[1]} {i}', ('cpu', 1.0 + i))\n"
+        "    assert measured.find(f'{sys.argv[1]} {i}') == ('cpu', 1.0 + i)"
     )
     writers = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code, str(i)], env=os.environ.copy())
@@ -117,9 +119,22 @@ def test_processes_that_write_at_once_leave_a_whole_file(measured_file: Path) ->
     ]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     entries = json.loads(measured_file.read_text())["entries"]
-    assert len(entries) >= 50
-    assert all(entry == ["cpu", 1.0 + int(key.split()[1])] for key, entry in entries.items())
-    assert [file.name for file in measured_file.parent.iterdir()] == [measured_file.name]
+    assert entries == {f"{p} {i}": ["cpu", 1.0 + i] for p in range(3) for i in range(50)}
+    left = {file.name for file in measured_file.parent.iterdir()}
+    assert left <= {measured_file.name, f"{measured_file.name}.lock"}
+
+
+def test_a_lock_that_is_never_released_costs_a_warning(
+    net: nn.Module, times: Times, measured_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "_LOCK_SECONDS", 0.01)
+    measured_file.parent.mkdir()
+    with (
+        FileLock(f"{measured_file}.lock"),
+        pytest.warns(UserWarning, match="measures without remembering"),
+    ):
+        assert set(gains(net)) == {1.5}
+    assert not measured_file.exists()
 
 
 def test_the_oldest_entries_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
