@@ -69,9 +69,10 @@ constexpr int64_t amx_tiles(int64_t positions) { return (positions + kAmxRows - 
 // Panels of weights that pass over all positions before the next do.
 template <class T>
 constexpr int64_t amx_panels_at_once(int64_t run_count, int64_t run_values) {
-    constexpr int64_t kBytes = 384 * 1024;
+    // Those of floats are split into scratch memory.
+    constexpr int64_t kBytes = (std::is_same_v<T, BFloat16> ? 384 : 96) * 1024;
     const int64_t panel = run_count * amx_steps(run_values) * kAmxTileBytes * kAmxPieces<T>;
-    const int64_t least = std::is_same_v<T, BFloat16> ? 4 : 2;  // pieces take scratch memory
+    const int64_t least = std::is_same_v<T, BFloat16> ? 4 : 2;
     return kBytes / panel < 4 ? least : kBytes / panel / 4 * 4;
 }
 

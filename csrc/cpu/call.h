@@ -2,20 +2,25 @@
 //
 // Every kernel offers, as overloads over its Shape (plain numbers) and Operands (pointers only):
 //
-//   make_plan(shape, operands, threads)                            a Cut and what else it decides
+//   make_plan(shape, operands, threads[, most_scratch])            a Cut and what else it decides
 //   run_tasks(shape, operands, plan, begin, end, scratch)          tasks [begin, end), this thread
 //
-// Tasks write disjoint parts of the output, and run in any order on any thread.
+// Tasks write disjoint parts of the output, and run in any order on any thread. Kernels whose
+// blocks can be smaller keep to `most_scratch` bytes of scratch memory a thread, where that leaves
+// blocks worth their while.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
 #include "common/parallel.h"
 
 namespace cvfast {
+
+inline constexpr int64_t kAnyScratch = std::numeric_limits<int64_t>::max();
 
 struct Cut {
     int64_t tasks;
@@ -25,6 +30,16 @@ struct Cut {
 
 // Memory of the calling thread's, aligned to 64 bytes; kept, and grown where a call needs more.
 void* thread_scratch(int64_t bytes);
+
+template <class Shape, class Operands>
+auto plan_within(const Shape& shape, const Operands& operands, int threads,
+                 [[maybe_unused]] int64_t most_scratch) {
+    if constexpr (requires { make_plan(shape, operands, threads, most_scratch); }) {
+        return make_plan(shape, operands, threads, most_scratch);
+    } else {
+        return make_plan(shape, operands, threads);
+    }
+}
 
 template <class Shape, class Operands>
 void run_now(const Shape& shape, const Operands& operands, const Parallel& parallel) {
@@ -39,7 +54,7 @@ class Call {
     virtual ~Call() = default;
     virtual std::unique_ptr<Call> clone() const = 0;
     // Cuts the call for up to `threads` threads; comes before run().
-    virtual Cut cut(int threads) = 0;
+    virtual Cut cut(int threads, int64_t most_scratch) = 0;
     virtual void run(int64_t begin, int64_t end, void* scratch) const = 0;
     virtual int pointer_count() const = 0;
     virtual const void* pointer(int index) const = 0;
@@ -56,9 +71,8 @@ class CallOf final : public Call {
 
     std::unique_ptr<Call> clone() const override { return std::make_unique<CallOf>(*this); }
 
-    Cut cut(int threads) override {
-        plan_ = make_plan(shape_, operands_, threads);
-        return plan_;
+    Cut cut(int threads, int64_t most_scratch) override {
+        return plan_ = plan_within(shape_, operands_, threads, most_scratch);
     }
 
     void run(int64_t begin, int64_t end, void* scratch) const override {

@@ -21,6 +21,8 @@ namespace {
 // time with blocks of this size.
 const int64_t kPackedBytes = l2_bytes() / 4, kAmxPackedBytes = l2_bytes() * 2 / 5;
 const int64_t kManyWeights = l2_bytes() * 8;
+// Where a block must do with less scratch memory.
+const int64_t kLeastPackedBytes = l2_bytes() / 16;
 // Columns of a block at least, where rows are longer than that.
 constexpr int64_t kMinColumns = 56;
 
@@ -68,11 +70,24 @@ int useful_threads(const ConvShape& s, int threads) {
 
 // The input rows of a block in scratch memory; with AMX of all pieces.
 template <class T>
-int64_t packed_bytes(const ConvShape& s, int64_t rows, int64_t columns, bool amx) {
+int64_t packed_bytes(const ConvShape& s, int64_t images, int64_t rows, int64_t columns, bool amx) {
     if constexpr (!std::is_same_v<T, Half>) {
-        if (amx) return amx_rows<T>(s, 1, rows, columns).bytes();
+        if (amx) return amx_rows<T>(s, images, rows, columns).bytes();
     }
-    return packed_rows<T>(s, rows, columns).words() * int64_t{sizeof(float)};
+    return images * packed_rows<T>(s, rows, columns).words() * int64_t{sizeof(float)};
+}
+
+// What else lies there, whatever the block.
+template <class T>
+int64_t rest_bytes(const ConvShape& s, bool amx) {
+    if constexpr (!std::is_same_v<T, Half>) {
+        if (amx) {
+            const AmxRows p = amx_rows<T>(s, 1, 1, 1);
+            if (std::is_same_v<T, BFloat16>) return p.run_bytes();
+            return p.run_bytes() + amx_weights_bytes<T>(p.run_count, p.run_values, s.out_channels);
+        }
+    }
+    return run_list_bytes<T>(s);
 }
 
 // A kernel of one row as one of one column, and the images with it: taps beyond the image are left
@@ -93,7 +108,7 @@ ConvShape upright(ConvShape s) {
 }
 
 template <class T>
-ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
+ConvPlan direct_plan(const ConvShape& s, int threads, bool amx, int64_t most_scratch) {
     ConvPlan plan{};
     plan.threads = threads;
     plan.amx = amx;
@@ -101,15 +116,18 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
     const double taps = double(s.kernel_h * s.kernel_w * conv_words<T>(s.in_channels));
     const double weights = taps * double(s.out_channels) * sizeof(float);
     const int64_t usual = amx ? kAmxPackedBytes : kPackedBytes;
-    const int64_t most_packed = weights > double(kManyWeights) ? 2 * kPackedBytes : usual;
+    const int64_t rest = rest_bytes<T>(s, amx);
+    const int64_t most_packed = std::min(weights > double(kManyWeights) ? 2 * kPackedBytes : usual,
+                                         std::max(kLeastPackedBytes, most_scratch - rest));
     plan.images = 1;
     plan.columns = s.out_width;
-    while (plan.columns > kMinColumns && packed_bytes<T>(s, 1, plan.columns, amx) > most_packed) {
+    while (plan.columns > kMinColumns &&
+           packed_bytes<T>(s, 1, 1, plan.columns, amx) > most_packed) {
         plan.columns = ceil_div(plan.columns, 2);
     }
     const int64_t column_blocks = ceil_div(s.out_width, plan.columns);
-    const int64_t one = packed_bytes<T>(s, 1, plan.columns, amx);
-    const int64_t all = packed_bytes<T>(s, s.out_height, plan.columns, amx);
+    const int64_t one = packed_bytes<T>(s, 1, 1, plan.columns, amx);
+    const int64_t all = packed_bytes<T>(s, 1, s.out_height, plan.columns, amx);
     int64_t least_blocks = 1, most_images = 1;
     if (all > most_packed) {
         const int64_t more = s.out_height == 1 ? 1 : (all - one) / (s.out_height - 1);
@@ -133,7 +151,7 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
         const double blocks = double(ceil_div(others * row_blocks, parts));
         const double pixels = double(images * rows * plan.columns);
         const double channels = double(ceil_div(panels, channel_blocks) * kConvPanel);
-        const double packed = double(images) * double(packed_bytes<T>(s, rows, plan.columns, amx));
+        const double packed = double(packed_bytes<T>(s, images, rows, plan.columns, amx));
         // Threads that share out the channels read each other's pixels, now and in the next layer.
         const double time = blocks * (pixels * channels * taps / rate +
                                       channels * taps * sizeof(float) / kWeightBytes +
@@ -148,18 +166,7 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx) {
     }
     const int64_t rows = ceil_div(s.out_height, plan.row_blocks);
     plan.pixel_blocks = ceil_div(s.batch, plan.images) * plan.row_blocks * column_blocks;
-    plan.scratch_bytes =
-        run_list_bytes<T>(s) + plan.images * packed_bytes<T>(s, rows, plan.columns, amx);
-    if constexpr (!std::is_same_v<T, Half>) {
-        if (amx) {
-            const AmxRows p = amx_rows<T>(s, plan.images, rows, plan.columns);
-            plan.scratch_bytes = p.run_bytes() + p.bytes();
-            if (std::is_same_v<T, float>) {
-                plan.scratch_bytes +=
-                    amx_weights_bytes<T>(p.run_count, p.run_values, s.out_channels);
-            }
-        }
-    }
+    plan.scratch_bytes = rest + packed_bytes<T>(s, plan.images, rows, plan.columns, amx);
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }
@@ -195,16 +202,16 @@ void direct_task(const ConvShape& s, const ConvPlan& plan, const ConvOperands<T>
 }  // namespace
 
 template <class T>
-ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads) {
+ConvPlan make_plan(const ConvShape& s, const ConvOperands<T>&, int threads, int64_t most_scratch) {
     threads = useful_threads<T>(s, threads);
     switch (s.algorithm) {
         case ConvAlgorithm::direct:
-            if (takes_amx<T>(s)) return direct_plan<T>(s, threads, true);
-            return direct_plan<T>(upright(s), threads, false);
+            if (takes_amx<T>(s)) return direct_plan<T>(s, threads, true, most_scratch);
+            return direct_plan<T>(upright(s), threads, false, most_scratch);
         case ConvAlgorithm::winograd_1d:
-            return winograd_1d_plan(upright(s), threads);
+            return winograd_1d_plan(upright(s), threads, most_scratch);
         default:
-            return winograd_plan(s, threads);
+            return winograd_plan(s, threads, most_scratch);
     }
 }
 
@@ -227,7 +234,7 @@ void run_tasks(const ConvShape& s, const ConvOperands<T>& operands, const ConvPl
 }
 
 #define CVFAST_INSTANTIATE(T)                                                                   \
-    template ConvPlan make_plan(const ConvShape&, const ConvOperands<T>&, int);                 \
+    template ConvPlan make_plan(const ConvShape&, const ConvOperands<T>&, int, int64_t);        \
     template void run_tasks(const ConvShape&, const ConvOperands<T>&, const ConvPlan&, int64_t, \
                             int64_t, void*);
 CVFAST_INSTANTIATE(float)

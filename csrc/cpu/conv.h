@@ -91,7 +91,8 @@ struct ConvPlan : Cut {
 };
 
 template <class T>
-ConvPlan make_plan(const ConvShape& shape, const ConvOperands<T>& operands, int threads);
+ConvPlan make_plan(const ConvShape& shape, const ConvOperands<T>& operands, int threads,
+                   int64_t most_scratch = kAnyScratch);
 
 template <class T>
 void run_tasks(const ConvShape& shape, const ConvOperands<T>& operands, const ConvPlan& plan,

@@ -198,7 +198,7 @@ void PlanBuilder::append(std::unique_ptr<Call> call) {
             break;
         }
     }
-    const Cut cut = call->cut(plan_->threads_);
+    const Cut cut = call->cut(plan_->threads_, most_scratch_);
     plan_->tasks_.push_back(cut.tasks);
     scratch_bytes_ = std::max(scratch_bytes_, round_up(cut.scratch_bytes));
     plan_->calls_.push_back(std::move(call));

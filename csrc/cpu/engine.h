@@ -85,6 +85,8 @@ class PlanBuilder {
     // The first space is the arena.
     PlanBuilder(std::vector<Space> spaces, int threads);
 
+    // What the threads may take together as scratch memory, of calls that follow.
+    void limit_scratch(int64_t bytes) { most_scratch_ = bytes / plan_->threads_ / 64 * 64; }
     void append(std::unique_ptr<Call> call);
     // Ends a phase: what follows may read and overwrite what came before. Returns the bytes of
     // scratch memory that its threads need together.
@@ -97,7 +99,8 @@ class PlanBuilder {
     std::vector<Space> spaces_;
     std::unique_ptr<Plan> plan_;
     int phase_begin_ = 0;
-    int64_t scratch_bytes_ = 0;  // of each thread, in the phase that is being recorded
+    int64_t most_scratch_ = kAnyScratch;  // of each thread
+    int64_t scratch_bytes_ = 0;           // of each thread, in the phase that is being recorded
 };
 
 }  // namespace cvfast

@@ -41,6 +41,12 @@ void plan_record(const Tensor& arena, const std::vector<Tensor>& externals, int6
     recording = std::make_unique<PlanBuilder>(std::move(spaces), static_cast<int>(threads));
 }
 
+void plan_limit_scratch(int64_t bytes) {
+    STD_TORCH_CHECK(recording, "cvfast::plan_limit_scratch: no plan is being recorded");
+    STD_TORCH_CHECK(bytes >= 0, "cvfast::plan_limit_scratch: bytes must not be negative");
+    recording->limit_scratch(bytes);
+}
+
 int64_t plan_barrier() {
     STD_TORCH_CHECK(recording, "cvfast::plan_barrier: no plan is being recorded");
     return recording->barrier();
@@ -106,6 +112,7 @@ PlanBuilder* recorder() { return recording.get(); }
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CompositeExplicitAutograd, m) {
     m.impl("plan_record", TORCH_BOX(&cvfast::plan_record));
+    m.impl("plan_limit_scratch", TORCH_BOX(&cvfast::plan_limit_scratch));
     m.impl("plan_barrier", TORCH_BOX(&cvfast::plan_barrier));
     m.impl("plan_finish", TORCH_BOX(&cvfast::plan_finish));
     m.impl("plan_abandon", TORCH_BOX(&cvfast::plan_abandon));

@@ -26,6 +26,8 @@ constexpr double kBytesPerNanosecond = 60, kAmxBytesPerNanosecond = 20;
 
 // The pixels of a block stay in the L2 cache while every panel of weights passes over them.
 const int64_t kBlockBytes = l2_bytes() / 4;
+// Rows of a block at least, where it must do with less scratch memory.
+constexpr int64_t kLeastPackedRows = 64;
 constexpr int64_t kTileRows = 14;
 
 // Whether AMX multiplies. Float pixels and weights are first split in pieces, each as often as
@@ -59,14 +61,17 @@ struct Blocks {
 // The cut for `threads` threads whose slowest thread has least to do: multiply-adds, and bytes of
 // pixels and weights that it reads.
 template <class T>
-Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads, bool amx) {
+Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int threads, bool amx,
+                  int64_t most_packed) {
     const int64_t panels = ceil_div(s.out_channels, kPointwisePanel);
     const int64_t pixel = scratch_pixel<T>(s, amx);
     // Many weights that are split take larger blocks, since each splits them anew.
     const int64_t pieces = s.in_channels * s.out_channels * kPieces * int64_t{sizeof(BFloat16)};
     const bool many = amx && std::is_same_v<T, float> && pieces > kBlockBytes / 2;
     const int64_t block_bytes = many ? 2 * kBlockBytes : kBlockBytes;
-    const int64_t most_rows = std::max(kTileRows, block_bytes / pixel / kTileRows * kTileRows);
+    const int64_t packed_rows = std::max(kLeastPackedRows, most_packed / pixel);
+    const int64_t most_rows =
+        std::max(kTileRows, std::min(block_bytes / pixel, packed_rows) / kTileRows * kTileRows);
     Blocks best{};
     double least = std::numeric_limits<double>::infinity();
     for (int64_t panel_blocks = 1; panel_blocks <= std::min<int64_t>(threads, panels);
@@ -101,7 +106,8 @@ Blocks blocks_for(const PointwiseShape& s, int64_t runs, int64_t run_rows, int t
 }  // namespace
 
 template <class T>
-PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, int threads) {
+PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, int threads,
+                        int64_t most_scratch) {
     PointwisePlan p{};
     if (s.batch * s.height * s.width == 0) return p;
     // Whether the results' step of one axis is `inner` of their pixels.
@@ -137,19 +143,21 @@ PointwisePlan make_plan(const PointwiseShape& s, const PointwiseOperands<T>& o, 
     const double worth = time / kNanosecondsPerThread;
     p.threads = worth >= threads ? threads : std::max(1, static_cast<int>(worth));
 
-    const Blocks blocks = blocks_for<T>(s, p.runs, p.run_rows, p.threads, p.amx);
+    p.pack = o.scale || o.gate || p.line < p.run_rows ||
+             pointwise_must_pack<T>(s.in_channels, s.x_pixel, s.out_channels, p.amx);
+    const bool pieces = p.amx && std::is_same_v<T, float>;
+    const bool half_panel = pointwise_whole_channels(s.out_channels) < s.out_channels;
+    if (pieces || (p.amx && half_panel)) {
+        p.scratch_bytes = amx_weights_bytes<T>(1, s.in_channels, s.out_channels);
+    }
+    const bool packs = p.pack || pieces;
+    const int64_t most_packed =
+        packs ? std::max<int64_t>(0, most_scratch - p.scratch_bytes) : kAnyScratch;
+    const Blocks blocks = blocks_for<T>(s, p.runs, p.run_rows, p.threads, p.amx, most_packed);
     p.row_blocks = blocks.row_blocks;
     p.panel_blocks = blocks.panel_blocks;
     p.tasks = p.runs * p.row_blocks * p.panel_blocks;
-    p.pack = o.scale || o.gate || p.line < p.run_rows ||
-             pointwise_must_pack<T>(s.in_channels, s.x_pixel, s.out_channels, p.amx);
-    if (p.pack || (p.amx && std::is_same_v<T, float>)) {
-        p.scratch_bytes = ceil_div(p.run_rows, p.row_blocks) * scratch_pixel<T>(s, p.amx);
-    }
-    const bool half_panel = pointwise_whole_channels(s.out_channels) < s.out_channels;
-    if (p.amx && (half_panel || std::is_same_v<T, float>)) {
-        p.scratch_bytes += amx_weights_bytes<T>(1, s.in_channels, s.out_channels);
-    }
+    if (packs) p.scratch_bytes += ceil_div(p.run_rows, p.row_blocks) * scratch_pixel<T>(s, p.amx);
     return p;
 }
 
@@ -200,9 +208,10 @@ void run_tasks(const PointwiseShape& s, const PointwiseOperands<T>& o, const Poi
     }
 }
 
-#define CVFAST_INSTANTIATE(T)                                                                  \
-    template PointwisePlan make_plan(const PointwiseShape&, const PointwiseOperands<T>&, int); \
-    template void run_tasks(const PointwiseShape&, const PointwiseOperands<T>&,                \
+#define CVFAST_INSTANTIATE(T)                                                                 \
+    template PointwisePlan make_plan(const PointwiseShape&, const PointwiseOperands<T>&, int, \
+                                     int64_t);                                                \
+    template void run_tasks(const PointwiseShape&, const PointwiseOperands<T>&,               \
                             const PointwisePlan&, int64_t, int64_t, void*);
 CVFAST_INSTANTIATE(float)
 CVFAST_INSTANTIATE(BFloat16)

@@ -119,7 +119,7 @@ struct PointwisePlan : Cut {
 
 template <class T>
 PointwisePlan make_plan(const PointwiseShape& shape, const PointwiseOperands<T>& operands,
-                        int threads);
+                        int threads, int64_t most_scratch = kAnyScratch);
 
 template <class T>
 void run_tasks(const PointwiseShape& shape, const PointwiseOperands<T>& operands,

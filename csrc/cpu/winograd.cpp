@@ -24,9 +24,14 @@ int64_t tile_count(const ConvShape& s) {
     return s.batch * ceil_div(s.out_height, tile.height) * ceil_div(s.out_width, tile.width);
 }
 
+int64_t scratch_bytes(const ConvShape& s, int64_t tiles) {
+    const int64_t words = ceil_div(s.in_channels, winograd_word(s.algorithm));
+    return winograd_scratch(words, winograd_tile(s.algorithm).taps(), tiles).bytes();
+}
+
 }  // namespace
 
-ConvPlan winograd_plan(const ConvShape& s, int threads) {
+ConvPlan winograd_plan(const ConvShape& s, int threads, int64_t most_scratch) {
     const int64_t tiles = tile_count(s);
     const int64_t panels = (s.out_channels + kConvPanel - 1) / kConvPanel;
 
@@ -34,6 +39,7 @@ ConvPlan winograd_plan(const ConvShape& s, int threads) {
     plan.threads = threads;
     plan.channel_blocks = 1;
     plan.tiles = most_tiles(s.in_channels);
+    while (plan.tiles > kStep && scratch_bytes(s, plan.tiles) > most_scratch) plan.tiles -= kStep;
     int64_t least_blocks = 1;
     // Threads share out the larger operand, and each reads all of the smaller.
     if (s.out_channels > tiles && panels >= 2 * threads) {
@@ -55,9 +61,7 @@ ConvPlan winograd_plan(const ConvShape& s, int threads) {
     const int64_t even = ceil_div(tiles, std::max(least_blocks, ceil_div(tiles, plan.tiles)));
     plan.tiles = even < kStep ? even : std::min(tiles, ceil_div(even, kStep) * kStep);
     plan.pixel_blocks = ceil_div(tiles, plan.tiles);
-    const int64_t words = ceil_div(s.in_channels, winograd_word(s.algorithm));
-    plan.scratch_bytes =
-        winograd_scratch(words, winograd_tile(s.algorithm).taps(), plan.tiles).bytes();
+    plan.scratch_bytes = scratch_bytes(s, plan.tiles);
     plan.tasks = plan.pixel_blocks * plan.channel_blocks;
     return plan;
 }

@@ -27,7 +27,7 @@ inline int64_t winograd_word(ConvAlgorithm algorithm) {
 template <class W>
 inline constexpr int64_t kWinogradKept = kConvWord<W> == 2 ? 9 : 0;
 
-ConvPlan winograd_plan(const ConvShape& shape, int threads);
+ConvPlan winograd_plan(const ConvShape& shape, int threads, int64_t most_scratch);
 
 // Task `task` of plan.pixel_blocks * plan.channel_blocks.
 template <class T>

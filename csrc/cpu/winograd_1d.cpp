@@ -12,22 +12,30 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tiles of a block at most, in all its columns: their transformed inputs stay in L2.
-constexpr int64_t kMostTiles = 112;
+constexpr int64_t kMostTiles = 112, kLeastTiles = 28;
 
 int64_t tiles_of(const ConvShape& s) {
     return ceil_div(s.out_height, winograd_1d_outputs(s.kernel_h));
 }
 
+// Of a block of at most `most` tiles, of lines that have `tiles`.
+int64_t scratch_bytes(const ConvShape& s, int64_t tiles, int64_t most) {
+    const int64_t of_line = std::min(tiles, most);
+    return winograd_1d_scratch(s, most / of_line, of_line).bytes();
+}
+
 }  // namespace
 
-ConvPlan winograd_1d_plan(const ConvShape& s, int threads) {
+ConvPlan winograd_1d_plan(const ConvShape& s, int threads, int64_t most_scratch) {
     const int64_t lines = s.batch * s.out_width, tiles = tiles_of(s);
     const int64_t panels = ceil_div(s.out_channels, kConvPanel);
     ConvPlan plan{};
     plan.threads = threads;
     plan.channel_blocks = 1;
-    plan.tiles = std::min(tiles, kMostTiles);
-    int64_t line_blocks = ceil_div(lines, kMostTiles / plan.tiles);
+    int64_t most = kMostTiles;
+    while (most > kLeastTiles && scratch_bytes(s, tiles, most) > most_scratch) most /= 2;
+    plan.tiles = std::min(tiles, most);
+    int64_t line_blocks = ceil_div(lines, most / plan.tiles);
     // Threads share out the outputs, or the weights where these are far more: at 8x8 that is 1.3
     // times as fast, at 17x17 as fast as the other.
     if (s.out_channels > 2 * tiles * lines && panels >= 2 * threads) {

@@ -26,7 +26,7 @@ inline int64_t winograd_1d_entries(int64_t taps) {
 }
 
 // For kernels of one column.
-ConvPlan winograd_1d_plan(const ConvShape& shape, int threads);
+ConvPlan winograd_1d_plan(const ConvShape& shape, int threads, int64_t most_scratch);
 
 // Task `task` of plan.pixel_blocks.
 template <class T>

@@ -17,7 +17,7 @@ from .nodes import (
     Graph,
     Image,
     InvertedResidual,
-    KeptRows,
+    Kept,
     Node,
     Pointwise,
     Pool,
@@ -124,7 +124,7 @@ def _in_turns(first: Bandable, second: Bandable, bounds: list[int]) -> list[Node
         kept = before[1] - begin
         if kept > 0:
             source = buffer.rows(begin - before[0], before[1] - before[0])
-            nodes.append(KeptRows(buffer.rows(0, kept), source, name=first.name))
+            nodes.append(Kept(buffer.rows(0, kept), source, name=first.name))
         kept = max(0, kept)
         nodes.append(_band(first, begin + kept, end, buffer.rows(kept, end - begin)))
         source = buffer.rows(0, end - begin)

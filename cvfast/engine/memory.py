@@ -4,12 +4,12 @@ arena whose memory is used again."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
-from .nodes import Concat, Copy, Graph, Image, Node
+from .nodes import Concat, Copy, Graph, Image, Kept, Node, Pointwise
 
 ALIGNMENT = 64
 """Bytes; a cache line and the widest vector."""
@@ -96,6 +96,38 @@ def _has_place_of(image: Image, other: Image) -> bool:
     )
 
 
+def keep_pixels(graph: Graph) -> None:
+    """Where an image is kept for a strided 1x1 convolution alone, keep the pixels that it reads
+    instead, if the busiest step then needs less memory: so it is in the first block of ResNet's
+    stages, whose shortcut reads every fourth pixel of what is the largest image there."""
+    for node in list(graph.nodes):
+        if not (isinstance(node, Pointwise) and node.backend == "cpu" and node.stride != (1, 1)):
+            continue
+        step = graph.nodes.index(node)
+        root = node.x.root()[0]
+        if root.external is not None or _last_steps(graph)[root] != step:
+            continue
+        users = [i for i, n in enumerate(graph.nodes[:step]) if root in _roots(n)]
+        n, _, height, width = node.out.shape
+        kept = Image((n, node.x.channels, height, width), node.x.dtype)
+        copy = Kept(kept, node.x, stride=node.stride, name=node.name)
+        rest = [replace(node, x=kept, stride=(1, 1)), *graph.nodes[step + 1 :]]
+        orders = [
+            [*graph.nodes[:at], copy, *graph.nodes[at:step], *rest]
+            for at in range(users[-1] + 1, step + 1)
+        ]
+        graph.nodes = min([graph.nodes, *orders], key=lambda nodes: _peak(graph, nodes))
+
+
+def _peak(graph: Graph, nodes: list[Node]) -> int:
+    """Bytes at the busiest step of ``nodes``, with the inputs and outputs of ``graph``."""
+    return lower_bound(lifetimes(Graph(nodes, graph.inputs, graph.outputs)))
+
+
+def _roots(node: Node) -> set[Image]:
+    return {image.root()[0] for image in (*node.reads(), *node.writes())}
+
+
 @dataclass(frozen=True)
 class Lifetime:
     """From the first step that writes an image's memory to the last that reads it, inclusive.
@@ -165,6 +197,14 @@ def pack(
         placed.append((offset, offset + size, life))
         placed.sort(key=lambda entry: entry[0])
     return Arena(max((end for _, end, _ in placed), default=0), offsets)
+
+
+def largest_gap(lives: list[Lifetime], arena: Arena, step: int) -> int:
+    """The most bytes in a row, aligned, that no image takes at ``step``."""
+    there = [v for v in lives if v.first <= step <= v.last]
+    begins = sorted(arena.offsets[v.image] for v in there)
+    ends = sorted(-(-(arena.offsets[v.image] + v.bytes) // ALIGNMENT) * ALIGNMENT for v in there)
+    return max(begin - end for begin, end in zip([*begins, arena.bytes], [0, *ends], strict=True))
 
 
 def lower_bound(lives: list[Lifetime]) -> int:

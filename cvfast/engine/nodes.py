@@ -155,7 +155,7 @@ class Node(ABC):
         return 0
 
     def bytes_kept(self) -> int:
-        """Bytes moved from one band of rows to the next, which reads them too."""
+        """Bytes moved to where less memory is needed until they are read again."""
         return 0
 
     @abstractmethod
@@ -377,14 +377,24 @@ class Copy(Node):
 
 
 @dataclass(eq=False)
-class KeptRows(Copy):
-    """Rows that two bands read, from the end of one to the front of the next."""
+class Kept(Copy):
+    """What is read again later, moved out of memory that is used for something else by then: rows
+    that two bands read, from the end of one to the front of the next; or every ``stride``-th pixel
+    of an image."""
+
+    stride: tuple[int, int] = (1, 1)
 
     def bytes_copied(self) -> int:
         return 0
 
     def bytes_kept(self) -> int:
         return self.out.bytes
+
+    def calls(self, tensor: Tensors) -> list[Call]:
+        down, right = self.stride
+        return [
+            self._call("copy_layout", tensor(self.x)[:, :, ::down, ::right], out=tensor(self.out))
+        ]
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ ops = torch.ops.cvfast
 _library = torch.library.Library("cvfast", "FRAGMENT")
 for _schema in (
     "plan_record(Tensor arena, Tensor[] externals, int threads) -> ()",
+    "plan_limit_scratch(int bytes) -> ()",
     "plan_barrier() -> int",
     "plan_finish(int arena_bytes, int[] scratch) -> int",
     "plan_abandon() -> ()",
@@ -39,8 +40,8 @@ for _schema in (
 class ArenaPlan(ABC):
     """``graph``, its images placed in one arena.
 
-    ``bytes_copied`` is what is copied for want of a better place, ``bytes_kept`` what is moved from
-    one band of rows to the next, which reads it too; ``stages`` say which steps run
+    ``bytes_copied`` is what is copied for want of a better place, ``bytes_kept`` what is moved to
+    where less memory is needed until it is read again; ``stages`` say which steps run
     for a few images of the batch at a time.
     """
 
@@ -48,6 +49,7 @@ class ArenaPlan(ABC):
         memory.place(graph)
         bands.cut(graph)
         memory.overwrite(graph)
+        memory.keep_pixels(graph)
         self.graph = graph
         self.stages = self._stages()
         lives = memory.lifetimes(graph)
@@ -93,6 +95,13 @@ class ArenaPlan(ABC):
         ]
 
 
+_LEAST_SCRATCH = 128 << 10
+"""Bytes that a kernel may take as scratch memory on each thread, whatever the images leave free."""
+
+_SCRATCH_SHARE = 16
+"""That all threads may take is at least this fraction of what the images take."""
+
+
 class Plan(ArenaPlan):
     """``graph`` for ``threads`` threads of the CPU. May run in several threads at once, each on its
     own arena. Inputs and outputs, which have the strides of the graph's, are not in the arena; the
@@ -134,14 +143,15 @@ class Plan(ArenaPlan):
         ops.plan_record(base, externals, self.threads)
         try:
             sizes = [0] * len(self.graph.nodes)
+            least = max(arena.bytes // _SCRATCH_SHARE, self.threads * _LEAST_SCRATCH)
             for step, group in stages.order(self.stages):
+                ops.plan_limit_scratch(max(least, memory.largest_gap(self.lives, arena, step)))
                 for call in self.graph.nodes[step].calls(partial(tensor, group=group)):
                     call()  # appends itself
                 sizes[step] = max(sizes[step], ops.plan_barrier())
         except BaseException:
             ops.plan_abandon()
             raise
-        # Images have their places: scratch memory, of one step each, lies in what they leave free.
         scratch = [memory.scratch_lifetime(step, size) for step, size in enumerate(sizes)]
         self.lives = [*self.lives, *scratch]
         self.arena = memory.pack(self.lives, given=arena.offsets)

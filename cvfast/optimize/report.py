@@ -93,7 +93,7 @@ class Execution:
             f"{f' ({groups})' if groups else ''}, "
             f"{count(self.torch_calls, 'call')} of torch; arena {self.arena_bytes / 1e6:.1f} MB, "
             f"{self.bytes_copied} bytes copied"
-            f"{f', {self.bytes_kept} kept from band to band' if self.bytes_kept else ''}"
+            f"{f', {self.bytes_kept} kept for later steps' if self.bytes_kept else ''}"
         )
 
 

@@ -267,7 +267,9 @@ class Test {
 
     template <class Shape, class Operands>
     void run(const Shape& shape, const Operands& operands, int threads) {
-        const auto plan = make_plan(shape, operands, threads);
+        const int64_t most_scratch =
+            random.one_in(2) ? kAnyScratch : random.in(0, 1 << random.in(0, 20));
+        const auto plan = plan_within(shape, operands, threads, most_scratch);
         std::vector<std::pair<int64_t, int64_t>> ranges;
         for (int64_t begin = 0; begin < plan.tasks;) {
             const int64_t end = begin + random.in(1, std::max<int64_t>(1, plan.tasks / 2));

@@ -42,6 +42,10 @@ def test_no_two_images_that_live_at_once_overlap(drawn: list[tuple[int, int, int
             apart = begin + a.image.bytes <= other or other + b.image.bytes <= begin
             assert apart or a.last < b.first or b.last < a.first
     assert arena.bytes >= memory.lower_bound(lives)
+    gap = memory.largest_gap(lives, arena, 4)
+    for size in (gap, gap + 1):
+        grown = memory.pack([*lives, memory.scratch_lifetime(4, size)], given=arena.offsets)
+        assert (grown.bytes > arena.bytes) == (size > gap)
     more = [*lives, memory.scratch_lifetime(4, 999)]
     again = memory.pack(more, given=arena.offsets)
     assert {life.image: again.offsets[life.image] for life in lives} == arena.offsets

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cvfast
 from cvfast.engine import memory, nodes
+from cvfast.engine import plan as plan_module
 from cvfast.engine.nodes import (
     Conv,
     Elementwise,
@@ -22,6 +23,7 @@ from cvfast.engine.nodes import (
     Pointwise,
 )
 from cvfast.engine.plan import Plan
+from cvfast.models import get_model
 from cvfast.ops.conv import prepack as prepack_conv
 from cvfast.ops.depthwise import prepack as prepack_depthwise
 from cvfast.ops.pointwise import prepack
@@ -154,6 +156,55 @@ def test_a_residual_is_overwritten_where_it_dies(
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
+def shrinking_block(dtype: torch.dtype, channels: int) -> Graph:
+    """The first block of one of ResNet's stages: x -> wide -> middle -> rest, of ``channels``, to
+    which is added a product of every second pixel of every second row of ``wide``."""
+    x, wide = Image((2, 24, 14, 12), dtype), Image((2, 96, 14, 12), dtype)
+    middle, rest, out, last = (Image((2, c, 7, 6), dtype) for c in (48, *3 * [channels]))
+
+    def pointwise(out: Image, x: Image, stride: int = 1, residual: Image | None = None) -> Node:
+        weight = image((out.channels, x.channels, 1, 1), seed=x.channels) / x.channels
+        packed = (prepack(weight, dtype=dtype),)
+        return Pointwise(out, x, packed, (stride, stride), residual=residual)
+
+    steps = [
+        pointwise(wide, x), pointwise(middle, wide, 2), pointwise(rest, middle),
+        pointwise(out, wide, 2, rest), Elementwise(last, out, activation="relu"),
+    ]  # fmt: skip
+    graph = Graph(steps, [x], [last])
+    for number, external in enumerate((x, last)):
+        external.strides, external.external = external.memory_strides(), number
+    return graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_an_image_kept_for_its_every_fourth_pixel_these_are_kept(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = image((2, 24, 14, 12)).to(dtype).contiguous(memory_format=torch.channels_last)
+    kept = Plan(shrinking_block(dtype, 192), 2)
+    assert [type(node).__name__ for node in kept.graph.nodes].count("Kept") == 1
+    assert kept.bytes_copied == 0
+    assert kept.bytes_kept == 2 * 96 * 7 * 6 * dtype.itemsize
+    monkeypatch.setattr(memory, "keep_pixels", lambda graph: None)
+    whole = Plan(shrinking_block(dtype, 192), 2)
+    assert memory.lower_bound(memory.lifetimes(kept.graph)) < memory.lower_bound(
+        memory.lifetimes(whole.graph)
+    )
+    results = [torch.full((2, 192, 7, 6), float("nan"), dtype=dtype) for _ in range(2)]
+    results = [r.contiguous(memory_format=torch.channels_last) for r in results]
+    for plan, result in zip((kept, whole), results, strict=True):
+        plan.run([x], [result])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_pixels_are_not_kept_where_that_saves_nothing() -> None:
+    graph = shrinking_block(torch.float32, 48)
+    before = list(graph.nodes)
+    memory.keep_pixels(graph)
+    assert graph.nodes == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_residual_that_is_read_later_stays(kind: str) -> None:
     graph = residual_graph(kind, torch.float32, read_later=True)
@@ -214,6 +265,23 @@ def test_scratch_memory_lies_in_what_images_leave_free() -> None:
     x = image((2, 24, 11, 13))
     plan.run([x], [torch.empty_like(x)])
     assert plan.measured_bytes() == plan.arena_bytes
+
+
+def test_scratch_memory_is_what_images_leave_free_where_blocks_can_be_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Results stay the same, bit by bit."""
+    model = get_model("resnet18").eval()
+    x = image((1, 3, 96, 96))
+    results, arenas = [], []
+    for least in (0, 1 << 30):
+        monkeypatch.setattr(plan_module, "_LEAST_SCRATCH", least)
+        with threads(4):
+            fast = cvfast.optimize(model, x)
+            results.append(fast(x))
+        arenas.append(fast.report.execution.arena_bytes)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert arenas[0] < arenas[1]
 
 
 def test_runs_under_way_at_once_have_an_arena_each() -> None:
