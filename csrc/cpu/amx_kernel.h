@@ -29,8 +29,8 @@ CVFAST_INLINE void tile_dot() {
 }
 
 // The tiles' shapes, which are state of the thread, for as long as one computes. Tiles 0 to 3 hold
-// sums. Where every step of a run has 16 words, 4 and 5 hold positions and 6 and 7 weights; else 4
-// and 6 do, and 5 and 7 hold the last step's.
+// sums. Where all steps of a run have as many words, 4 and 5 hold positions and 6 and 7 weights;
+// else 4 and 6 do, and 5 and 7 hold the last step's.
 class MatrixUnit {
   public:
     MatrixUnit() = default;
@@ -39,9 +39,9 @@ class MatrixUnit {
         if (rows_ != 0) __asm__ volatile("tilerelease" ::: "memory");
     }
 
-    void shape(int rows, int last_words) {
-        if (rows == rows_ && last_words == last_words_) return;
-        rows_ = rows, last_words_ = last_words;
+    void shape(int rows, int words, int last_words) {
+        if (rows == rows_ && words == words_ && last_words == last_words_) return;
+        rows_ = rows, words_ = words, last_words_ = last_words;
         struct alignas(64) {
             uint8_t palette, start_row, reserved[14];
             uint16_t row_bytes[16];
@@ -53,15 +53,15 @@ class MatrixUnit {
             shapes.rows[i] = static_cast<uint8_t>(height);
         };
         for (int i = 0; i < 4; ++i) tile(i, kAmxWords, rows);
-        tile(4, kAmxWords, rows);
+        tile(4, words, rows);
         tile(5, last_words, rows);
-        tile(6, kAmxWords, kAmxRows);
+        tile(6, kAmxWords, words);
         tile(7, kAmxWords, last_words);
         __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
     }
 
   private:
-    int rows_ = 0, last_words_ = 0;
+    int rows_ = 0, words_ = 0, last_words_ = 0;
 };
 
 // How a step uses tiles 4 to 7.
@@ -506,22 +506,25 @@ class AmxResults {
         const float* from = from_;
         T* out =
             t_.out + image_ * t_.out_image + row_ * t_.out_row + pixel_ * t_.out_pixel + channel_;
+        // Read once: what is stored might be these numbers, as far as the compiler knows.
+        const int64_t out_pixel = t_.out_pixel, residual_pixel = t_.residual_pixel;
+        const int last = last_;
         const T* residual = t_.residual;
         if (kResidual) {
             residual += image_ * t_.residual_image + row_ * t_.residual_row +
                         pixel_ * t_.residual_pixel + channel_;
         }
-        for (; count > 0; --count, from += N * kLanes, out += t_.out_pixel) {
+        for (; count > 0; --count, from += N * kLanes, out += out_pixel) {
             Vec sums[1][N];
             CVFAST_UNROLL for (int n = 0; n < N; ++n) {
                 sums[0][n] = add(load(from + n * kLanes), bias[n]);
                 if constexpr (kResidual) {
                     const T* p = residual + n * kLanes;
                     const bool whole = kWhole || n < N - 1;
-                    sums[0][n] = add(sums[0][n], whole ? load(p) : load_n(p, last_));
+                    sums[0][n] = add(sums[0][n], whole ? load(p) : load_n(p, last));
                 }
             }
-            if (kResidual) residual += t_.residual_pixel;
+            if (kResidual) residual += residual_pixel;
             activate_all_as<kActivation>(sums);
             if constexpr (kWhole && N % 2 == 0 && std::is_same_v<T, BFloat16>) {
                 CVFAST_UNROLL for (int n = 0; n < N; n += 2) {
@@ -532,7 +535,7 @@ class AmxResults {
                     if (kWhole || n < N - 1) {
                         store(out + n * kLanes, sums[0][n]);
                     } else {
-                        store_n(out + n * kLanes, sums[0][n], last_);
+                        store_n(out + n * kLanes, sums[0][n], last);
                     }
                 }
             }
@@ -561,37 +564,57 @@ inline constexpr int64_t kAtOnce = 4;
 // to each other. See pointwise_segment().
 inline constexpr int64_t kSegmentSteps = 8;
 
+// Words of the last step of a run.
+constexpr int64_t amx_last_words(int64_t run_values) {
+    return (run_values + 1) / 2 - (amx_steps(run_values) - 1) * kAmxWords;
+}
+
+// Bytes of a panel's weights for that step: those in pieces are whole tiles.
+template <class T>
+int64_t amx_last_bytes(const AmxProduct<T>& t) {
+    constexpr int64_t kWhole = int64_t{kAmxTileBytes} * kAmxPieces<T>;
+    return kAmxPieces<T> == 1 ? amx_last_words(t.run_values) * 64 : kWhole;
+}
+
+// Whether all steps of a run have as many words.
+constexpr bool amx_even(int64_t run_values) {
+    return amx_steps(run_values) == 1 || run_values % (2 * kAmxWords) == 0;
+}
+
 // How far the sums of a group are.
 template <int M, int N>
 struct AmxWalk {
     const char* positions[M];
     const char* weights[N];  // of the step that is next
+    int64_t last_bytes;      // of a run's last step
     int64_t run = 0, step = 0;
 };
 
 // Weights of all panels, up to which they stay in L1 beside positions and results.
 inline constexpr int64_t kWeightsInL1 = 16 * 1024;
 
-// kEven: every step has 16 words. kKeep: as of multiply_tiles().
+// kEven: every step has as many words. kKeep: as of multiply_tiles().
 template <int M, int N, bool kEven, bool kKeep, class T, class Sums>
 CVFAST_INLINE void amx_step(const AmxProduct<T>& t, int64_t steps, AmxWalk<M, N>& walk,
                             const Sums& sums) {
-    constexpr int64_t kStepBytes = int64_t{kAmxTileBytes} * kAmxPieces<T>;
     const char* a[M];
     CVFAST_UNROLL for (int m = 0; m < M; ++m) {
         a[m] = walk.positions[m] + t.runs[walk.run] + walk.step * 64;
     }
-    int64_t bytes = kStepBytes;
-    if (kEven || walk.step + 1 < steps) {
+    const bool last = walk.step + 1 == steps;
+    if (kEven || !last) {
         constexpr StepTiles kTiles = kEven ? StepTiles::both : StepTiles::whole;
         multiply_pieces<M, N, kTiles, kKeep>(t, a, walk.weights, sums);
     } else {
         multiply_pieces<M, N, StepTiles::last, kKeep>(t, a, walk.weights, sums);
-        const int64_t words = (t.run_values + 1) / 2;
-        if (kAmxPieces<T> == 1) bytes = (words - (steps - 1) * kAmxWords) * 64;
     }
+    const int64_t bytes = last ? walk.last_bytes : int64_t{kAmxTileBytes} * kAmxPieces<T>;
     CVFAST_UNROLL for (int n = 0; n < N; ++n) walk.weights[n] += bytes;
-    if (++walk.step == steps) walk.step = 0, ++walk.run;
+    if (last) {
+        walk.step = 0, ++walk.run;
+    } else {
+        ++walk.step;
+    }
 }
 
 // The sums of the N panels from channel c on for M tiles of positions from `tile` on.
@@ -603,6 +626,7 @@ void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int
     AmxWalk<M, N> walk;
     for (int m = 0; m < M; ++m) walk.positions[m] = TilePositions(t, tiling, tile + m).a(t);
     CVFAST_UNROLL for (int n = 0; n < N; ++n) walk.weights[n] = weights[n];
+    walk.last_bytes = amx_last_bytes(t);
     int64_t due = 0, per_step = 0;
     for (int64_t begin = 0, end; begin < all; begin = end) {
         if (results.in_tiles()) {
@@ -632,7 +656,7 @@ void amx_panels(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, int6
                 const AmxWeights<T>& weights, int64_t tile = 0) {
     AmxResults<N, T> results(t, tiling);
     constexpr bool kMayKeep = kAmxPieces<T> == 1;
-    const bool even = t.run_values % (2 * kAmxWords) == 0;
+    const bool even = amx_even(t.run_values);
     const int64_t weights_bytes = panels * t.run_count * amx_steps(t.run_values) * kAmxTileBytes;
     const bool keep = kMayKeep && weights_bytes <= kWeightsInL1;
     for (; tiling.tiles - tile >= M; tile += M) {
@@ -674,8 +698,8 @@ void amx_last_tile(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t c, i
 template <class T>
 void amx_product(const AmxProduct<T>& t, MatrixUnit& unit) {
     const AmxTiling tiling(t);
-    const int64_t steps = amx_steps(t.run_values), words = (t.run_values + 1) / 2;
-    unit.shape(tiling.rows, static_cast<int>(words - (steps - 1) * kAmxWords));
+    const int last_words = static_cast<int>(amx_last_words(t.run_values));
+    unit.shape(tiling.rows, amx_even(t.run_values) ? last_words : kAmxWords, last_words);
     const int64_t all = (t.channels + kAmxPanel - 1) / kAmxPanel;
     const int64_t most = amx_panels_at_once<T>(t.run_count, t.run_values);
     for (int64_t first = 0; first < all; first += most) {

@@ -143,25 +143,29 @@ ConvPlan direct_plan(const ConvShape& s, int threads, bool amx, int64_t most_scr
     for (int64_t channel_blocks = 1; channel_blocks <= std::min<int64_t>(threads, panels);
          ++channel_blocks) {
         const int64_t parts = std::max<int64_t>(1, threads / channel_blocks);
-        const int64_t images = std::min(most_images, ceil_div(s.batch, parts));
-        const int64_t others = ceil_div(s.batch, images) * column_blocks;
-        int64_t row_blocks = least_blocks;
-        while (others * row_blocks % parts && row_blocks < s.out_height) ++row_blocks;
-        const int64_t rows = ceil_div(s.out_height, row_blocks);
-        const double blocks = double(ceil_div(others * row_blocks, parts));
-        const double pixels = double(images * rows * plan.columns);
         const double channels = double(ceil_div(panels, channel_blocks) * kConvPanel);
-        const double packed = double(packed_bytes<T>(s, images, rows, plan.columns, amx));
-        // Threads that share out the channels read each other's pixels, now and in the next layer.
-        const double time = blocks * (pixels * channels * taps / rate +
-                                      channels * taps * sizeof(float) / kWeightBytes +
-                                      reading_time(packed, channel_blocks) +
-                                      reading_time(pixels * channels * sizeof(T), channel_blocks));
-        if (time < least) {
-            least = time;
-            plan.images = images;
-            plan.row_blocks = row_blocks;
-            plan.channel_blocks = channel_blocks;
+        for (int64_t images = std::min(most_images, ceil_div(s.batch, parts)); images > 0;
+             --images) {
+            const int64_t others = ceil_div(s.batch, images) * column_blocks;
+            int64_t row_blocks = least_blocks;
+            while (others * row_blocks % parts && row_blocks < s.out_height) ++row_blocks;
+            const int64_t rows = ceil_div(s.out_height, row_blocks);
+            const double blocks = double(ceil_div(others * row_blocks, parts));
+            const double pixels = double(images * rows * plan.columns);
+            const double packed = double(packed_bytes<T>(s, images, rows, plan.columns, amx));
+            // Threads that share out the channels read each other's pixels, now and in the next
+            // layer.
+            const double time =
+                blocks *
+                (pixels * channels * taps / rate + channels * taps * sizeof(float) / kWeightBytes +
+                 reading_time(packed, channel_blocks) +
+                 reading_time(pixels * channels * sizeof(T), channel_blocks));
+            if (time < least) {
+                least = time;
+                plan.images = images;
+                plan.row_blocks = row_blocks;
+                plan.channel_blocks = channel_blocks;
+            }
         }
     }
     const int64_t rows = ceil_div(s.out_height, plan.row_blocks);

@@ -52,7 +52,7 @@ PoolPlan make_plan(const PoolShape& s, const PoolOperands<T>&, int threads) {
 template <class T>
 void run_tasks(const PoolShape& s, const PoolOperands<T>& o, const PoolPlan& plan, int64_t begin,
                int64_t end, void* scratch) {
-    using Kernel = void (*)(const PoolShape&, const PoolOperands<T>&, const PoolRange&, float*);
+    using Kernel = void (*)(const PoolShape&, const PoolOperands<T>&, const PoolRange&, void*);
     static constexpr Kernel kernels[kIsaCount] = CVFAST_ISA_TABLE(pool_rows<T>);
     const Kernel kernel = kernels[static_cast<int>(current_isa())];
 
@@ -67,7 +67,7 @@ void run_tasks(const PoolShape& s, const PoolOperands<T>& o, const PoolPlan& pla
         };
         const PoolRange range{image, channel(block), channel(block + 1),
                               row,   row + rows,     plan.strip};
-        kernel(s, o, range, static_cast<float*>(scratch));
+        kernel(s, o, range, scratch);
         begin += rows;
     }
 }

@@ -46,6 +46,76 @@ struct PoolReduction {
 
 namespace CVFAST_ISA_NAMESPACE {
 
+// A maximum is one of the numbers, so that those of 16 bits need not be widened: as unsigned
+// integers that are ordered as the numbers are, from minus infinity on. NaN come last, of both
+// signs: the negative ones, which are less than minus infinity, wrap.
+template <class T>
+struct Ordered {
+    uint16_t bits;
+};
+
+template <PoolKind kKind, class T>
+inline constexpr bool kByOrder = kKind == PoolKind::max && sizeof(T) == 2;
+
+// What a strip's columns are reduced to.
+template <PoolKind kKind, class T>
+using PoolRow = std::conditional_t<kByOrder<kKind, T>, Ordered<T>, float>;
+
+template <int N>
+struct WordsOf {
+    typedef uint16_t Type __attribute__((vector_size(2 * N)));
+    typedef int16_t Signed __attribute__((vector_size(2 * N)));
+};
+template <int N>
+using Words = typename WordsOf<N>::Type;
+
+// Numbers with a sign bit as integers in two's complement, and back.
+template <int N>
+CVFAST_INLINE Words<N> flip_negative(Words<N> x) {
+    const auto sign = reinterpret_cast<typename WordsOf<N>::Signed>(x) >> 15;
+    return x ^ (reinterpret_cast<Words<N>>(sign) & 0x7fff);
+}
+
+template <class T>
+inline constexpr uint16_t kLeastInteger = 0x8000 | (std::is_same_v<T, Half> ? 0x03ff : 0x007f);
+
+template <class T>
+inline constexpr bool kIsOrdered = false;
+template <class T>
+inline constexpr bool kIsOrdered<Ordered<T>> = true;
+
+template <int N, class T>
+CVFAST_INLINE Words<N> load_words(const T* p) {
+    Words<N> x;
+    std::memcpy(&x, p, sizeof x);
+    if constexpr (kIsOrdered<T>) return x;
+    return flip_negative<N>(x) - kLeastInteger<T>;
+}
+
+template <int N, class T>
+CVFAST_INLINE void store_words(T* p, Words<N> x) {
+    if constexpr (!kIsOrdered<T>) x = flip_negative<N>(x + kLeastInteger<T>);
+    std::memcpy(p, &x, sizeof x);
+}
+
+// The greatest of each number's taps, from c on, N at once and what remains by fewer.
+template <int N, int kTaps, class In, class Out>
+CVFAST_INLINE void reduce_words(const PoolReduction<In, Out>& r, int64_t c, int64_t numbers) {
+    const int64_t taps = kTaps ? kTaps : r.taps;
+    for (; c + N <= numbers; c += N) {
+        const In* x = r.x + c;
+        Words<N> most = load_words<N>(x);
+        for (int64_t tap = 1; tap < taps; ++tap) {
+            const Words<N> next = load_words<N>(x += r.step);
+            most = most > next ? most : next;
+        }
+        store_words<N>(r.out + c, most);
+    }
+    if constexpr (N > 1) {
+        if (c < numbers) reduce_words<N / 2, kTaps>(r, c, numbers);
+    }
+}
+
 template <PoolKind kKind>
 CVFAST_INLINE Vec combine(Vec a, Vec b) {
     if constexpr (kKind == PoolKind::max) return max_nan(a, b);
@@ -90,16 +160,20 @@ CVFAST_INLINE void reduce_vectors(const PoolReduction<In, Out>& r, int64_t c, in
 
 template <PoolKind kKind, bool kScale, bool kDivide, int kTaps, class In, class Out>
 CVFAST_INLINE void reduce_taps(const PoolReduction<In, Out>& r, int64_t numbers) {
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= numbers; c += 4 * kLanes) {
-        reduce_vectors<kKind, kScale, kDivide, kTaps, 4, false>(r, c, kLanes);
-    }
-    for (; c + kLanes <= numbers; c += kLanes) {
-        reduce_vectors<kKind, kScale, kDivide, kTaps, 1, false>(r, c, kLanes);
-    }
-    if (c < numbers) {
-        const int n = static_cast<int>(numbers - c);
-        reduce_vectors<kKind, kScale, kDivide, kTaps, 1, true>(r, c, n);
+    if constexpr (kByOrder<kKind, In> && kByOrder<kKind, Out>) {
+        return reduce_words<2 * kLanes, kTaps>(r, 0, numbers);
+    } else {
+        int64_t c = 0;
+        for (; c + 4 * kLanes <= numbers; c += 4 * kLanes) {
+            reduce_vectors<kKind, kScale, kDivide, kTaps, 4, false>(r, c, kLanes);
+        }
+        for (; c + kLanes <= numbers; c += kLanes) {
+            reduce_vectors<kKind, kScale, kDivide, kTaps, 1, false>(r, c, kLanes);
+        }
+        if (c < numbers) {
+            const int n = static_cast<int>(numbers - c);
+            reduce_vectors<kKind, kScale, kDivide, kTaps, 1, true>(r, c, n);
+        }
     }
 }
 
@@ -120,14 +194,14 @@ CVFAST_INLINE void reduce(const PoolReduction<In, Out>& r, int64_t numbers) {
 template <PoolKind kKind, bool kScale, class T>
 CVFAST_INLINE void reduce_columns(const PoolShape& s, const PoolOperands<T>& o,
                                   const PoolTaps& taps, int64_t channels, int64_t begin,
-                                  int64_t end, float* row) {
-    PoolReduction<T, float> r{o.x + taps.first * s.x_row + begin * s.x_pixel,
-                              s.dilation_h * s.x_row,
-                              taps.count,
-                              o.scale,
-                              o.shift,
-                              1.f,
-                              row};
+                                  int64_t end, PoolRow<kKind, T>* row) {
+    PoolReduction<T, PoolRow<kKind, T>> r{o.x + taps.first * s.x_row + begin * s.x_pixel,
+                                          s.dilation_h * s.x_row,
+                                          taps.count,
+                                          o.scale,
+                                          o.shift,
+                                          1.f,
+                                          row};
     if (!kScale && s.x_pixel == channels) {
         reduce<kKind, false, false>(r, (end - begin) * channels);
         return;
@@ -143,7 +217,8 @@ CVFAST_INLINE void reduce_columns(const PoolShape& s, const PoolOperands<T>& o,
 // to.
 template <PoolKind kKind, class T>
 void pool_strip(const PoolShape& s, const PoolOperands<T>& o, int64_t channels, int64_t y,
-                int64_t begin, int64_t end, float* row) {
+                int64_t begin, int64_t end, void* scratch) {
+    auto* row = static_cast<PoolRow<kKind, T>*>(scratch);
     const PoolTaps down(y, s.stride_h, s.kernel_h, s.pad_h, s.dilation_h, s.height);
     const int64_t left = std::clamp<int64_t>(begin * s.stride_w - s.pad_w, 0, s.width);
     const int64_t last = (end - 1) * s.stride_w - s.pad_w + (s.kernel_w - 1) * s.dilation_w;
@@ -167,20 +242,20 @@ void pool_strip(const PoolShape& s, const PoolOperands<T>& o, int64_t channels, 
         if (divisor == 0) {
             divisor = s.count_padding ? down.padded * along.padded : down.count * along.count;
         }
-        const PoolReduction<float, T> r{row + (along.first - left) * channels,
-                                        s.dilation_w * channels,
-                                        along.count,
-                                        nullptr,
-                                        nullptr,
-                                        static_cast<float>(divisor),
-                                        out};
+        const PoolReduction<PoolRow<kKind, T>, T> r{row + (along.first - left) * channels,
+                                                    s.dilation_w * channels,
+                                                    along.count,
+                                                    nullptr,
+                                                    nullptr,
+                                                    static_cast<float>(divisor),
+                                                    out};
         reduce<kKind, false, kKind == PoolKind::average>(r, channels);
     }
 }
 
 template <class T>
 void pool_rows(const PoolShape& s, const PoolOperands<T>& operands, const PoolRange& range,
-               float* row) {
+               void* scratch) {
     const int64_t channels = range.channel_end - range.channel_begin;
     PoolOperands<T> o = operands;
     o.x += range.image * s.x_image + range.channel_begin;
@@ -194,9 +269,9 @@ void pool_rows(const PoolShape& s, const PoolOperands<T>& operands, const PoolRa
         for (int64_t begin = 0; begin < s.out_width; begin += range.strip) {
             const int64_t end = std::min(begin + range.strip, s.out_width);
             if (s.kind == PoolKind::max) {
-                pool_strip<PoolKind::max>(s, o, channels, y, begin, end, row);
+                pool_strip<PoolKind::max>(s, o, channels, y, begin, end, scratch);
             } else {
-                pool_strip<PoolKind::average>(s, o, channels, y, begin, end, row);
+                pool_strip<PoolKind::average>(s, o, channels, y, begin, end, scratch);
             }
         }
     }
