@@ -631,6 +631,22 @@ def test_separable_blocks_fuse_for_the_output_of_the_depthwise_convolution() -> 
     assert not answer(32, None, 112)  # nothing is kept out of memory
 
 
+@pytest.mark.parametrize(("expands", "hidden"), [(True, 192), (False, 256)])
+def test_by_amx_blocks_fuse_whose_products_take_all_channels_at_once(
+    expands: bool, hidden: int
+) -> None:
+    for level in LEVELS:
+        with isa(level):
+            answers = [
+                fuses(
+                    (8, 32 if expands else count, 28, 28), count, 32, kernel_size=(3, 3),
+                    stride=(1, 1), expands=expands, dtype=torch.bfloat16,
+                )
+                for count in (hidden, hidden + 32)
+            ]  # fmt: skip
+        assert answers == [True, level != "avx512_amx"]
+
+
 def test_compiles_whole() -> None:
     case = Case(size=(6, 6))
     tensors = case.tensors()
