@@ -15,7 +15,8 @@ int useful_threads(int64_t bytes, int threads) {
     return static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, threads));
 }
 
-// A strip of columns, as float, stays in L1 between the two passes, beside the rows it is made of.
+// A strip of columns, as float at most, stays in L1 between the two passes, beside the rows it is
+// made of.
 constexpr int64_t kStripBytes = 8 * 1024;
 
 // Channels are cut into blocks where a strip would hold too few columns, or where there are too few

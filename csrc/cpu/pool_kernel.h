@@ -76,6 +76,7 @@ CVFAST_INLINE Words<N> flip_negative(Words<N> x) {
     return x ^ (reinterpret_cast<Words<N>>(sign) & 0x7fff);
 }
 
+// Minus infinity's.
 template <class T>
 inline constexpr uint16_t kLeastInteger = 0x8000 | (std::is_same_v<T, Half> ? 0x03ff : 0x007f);
 

@@ -334,9 +334,9 @@ _LEAST_BYTES = {True: 512 * 1024, False: 1024 * 1024}  # with and without an exp
 # first half of a squeeze-excite block keeps less out of memory.
 _LEAST_HEIGHT, _LEAST_SQUEEZE_HEIGHT = 14, 28
 _LEAST_BAND = 7
-# More hidden channels than the kernel takes at once have products of few channels each, at half of
-# AMX's rate: of MobileNet v1 in bfloat16, batch 8, with 512 channels at 14x14 in three kernels
-# instead, takes 0.84 of the time on Granite Rapids; v2, v3-large and Lite0 0.96 to 1.02.
+# Hidden channels that the kernel takes at once (kMostChunk and kMostChunkAlone of its source). With
+# more, AMX multiplies few at a time: without such blocks MobileNet v1 in bfloat16, batch 8, takes
+# 0.84 of the time on Granite Rapids; v2, v3-large and Lite0 0.96 to 1.02.
 _MOST_HIDDEN_AMX = {True: 192, False: 256}
 
 

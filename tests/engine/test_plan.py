@@ -326,6 +326,17 @@ def test_a_call_that_is_refused_ends_the_recording() -> None:
     assert ops.elementwise_cpu(y, None, "none", "relu").min() >= 0  # runs, and at once
 
 
+def test_scratch_memory_is_limited_while_a_plan_is_recorded_only() -> None:
+    with pytest.raises(RuntimeError, match="plan_limit_scratch: no plan is being recorded"):
+        ops.plan_limit_scratch(64)
+    ops.plan_record(torch.empty(64, dtype=torch.uint8), [], 1)
+    try:
+        with pytest.raises(RuntimeError, match="bytes must not be negative"):
+            ops.plan_limit_scratch(-1)
+    finally:
+        ops.plan_abandon()
+
+
 def test_plans_are_freed() -> None:
     plan = Plan(chain(2), 1)
     number = plan._id

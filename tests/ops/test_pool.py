@@ -200,6 +200,22 @@ def test_nan_and_infinity_go_where_pytorch_puts_them(
         assert torch.equal(y.isneginf(), expected.isneginf())
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_maximum_of_16_bits_knows_every_number(dtype: torch.dtype, level: str) -> None:
+    """Both zeros, subnormals, infinities and NaN of either sign, each against three others."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+    order = torch.Generator().manual_seed(0)
+    pixels = [every[torch.randperm(len(every), generator=order)].view(dtype) for _ in range(4)]
+    x = torch.stack(pixels, 1).reshape(64, 1024, 2, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with isa(level):
+        y = OPS.pool_cpu(x, "max", (2, 2), (2, 2), (0, 0), (1, 1), False, True, None, None, None)
+    expected = x.double().amax((2, 3), keepdim=True)
+    assert expected.isnan().any()
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 # The mean of whole images
 
 
