@@ -61,36 +61,27 @@ __attribute__((noinline)) void scatter(const DepthwiseShape& s, const T* lanes, 
     }
 }
 
-// Which channels a vector holds: neighbours, or their first `n` where kPartial.
-template <bool kPartial>
-struct Neighbours {
-    int n;
-
-    template <class T>
-    CVFAST_INLINE Vec x(const T* p) const {
-        return load_channels<T, kPartial>(p, n);
-    }
-    CVFAST_INLINE Vec weights(const float* p) const { return load(p); }
-};
-
-// The sums of a tile from vector v's channels at row + v * kLanes, whose weights are at w[v]; these
-// are left at the bias. kWidth and kStride are the kernel's; kWidth 0 takes any kernel, stride and
-// dilation. kEdge: some columns lie outside the image, or some outputs outside the row.
-template <class T, int kWidth, int kStride, bool kEdge, class Channels, int V, int kTile>
-CVFAST_INLINE void depthwise_sums(const Tile<T>& tile, const T* row, const Channels& channels,
-                                  const float* (&w)[V], Vec (&acc)[V][kTile]) {
+// Channels [c, c + V * kLanes) of one tile, or its first `n` where kPartial. kWidth and kStride are
+// the kernel's; kWidth 0 takes any kernel, stride and dilation. kEdge: some columns lie outside the
+// image, or some outputs outside the row.
+template <class T, int kWidth, int kStride, int kTile, int V, bool kEdge, bool kPartial>
+void depthwise_tile(const Tile<T>& tile, const float* packed, int64_t c, int n) {
     const DepthwiseShape& s = tile.shape;
     const int64_t taps_w = kWidth ? kWidth : s.kernel_w;
+    const float* w[V];
+    Vec acc[V][kTile];
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
+        w[v] = weights_at(s, packed, c + v * kLanes);
         CVFAST_UNROLL for (int o = 0; o < kTile; ++o) acc[v][o] = set1(0.f);
         w[v] += tile.tap_begin * taps_w * kDepthwisePanel;
     }
+    const T* row = tile.x + c;
     for (int64_t tap = tile.tap_begin; tap < tile.tap_end; ++tap) {
         if constexpr (kWidth != 0) {
             Vec weight[V][kWidth];
             CVFAST_UNROLL for (int v = 0; v < V; ++v) {
                 CVFAST_UNROLL for (int k = 0; k < kWidth; ++k) {
-                    weight[v][k] = channels.weights(w[v] + k * kDepthwisePanel);
+                    weight[v][k] = load(w[v] + k * kDepthwisePanel);
                 }
                 w[v] += kWidth * kDepthwisePanel;
             }
@@ -104,7 +95,7 @@ CVFAST_INLINE void depthwise_sums(const Tile<T>& tile, const T* row, const Chann
                     }
                 }
                 CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-                    Vec x = channels.x(pixel + v * kLanes);
+                    Vec x = load_channels<T, kPartial>(pixel + v * kLanes, n);
                     opaque(x);
                     CVFAST_UNROLL for (int k = 0; k < kWidth; ++k) {
                         const int o = (j - k) / kStride;
@@ -120,8 +111,9 @@ CVFAST_INLINE void depthwise_sums(const Tile<T>& tile, const T* row, const Chann
                 CVFAST_UNROLL for (int o = 0; o < kTile; ++o, column += s.stride_w) {
                     if (static_cast<uint64_t>(column) >= static_cast<uint64_t>(s.width)) continue;
                     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-                        const Vec x = channels.x(row + column * s.x_pixel + v * kLanes);
-                        acc[v][o] = fma(x, channels.weights(w[v]), acc[v][o]);
+                        const Vec x =
+                            load_channels<T, kPartial>(row + column * s.x_pixel + v * kLanes, n);
+                        acc[v][o] = fma(x, load(w[v]), acc[v][o]);
                     }
                 }
                 CVFAST_UNROLL for (int v = 0; v < V; ++v) w[v] += kDepthwisePanel;
@@ -132,21 +124,10 @@ CVFAST_INLINE void depthwise_sums(const Tile<T>& tile, const T* row, const Chann
     }
     // The bias comes last: sums that started at a large one would round each product at its size.
     CVFAST_UNROLL for (int v = 0; v < V; ++v) {
-        w[v] += (s.kernel_h - tile.tap_end) * taps_w * kDepthwisePanel;
-        const Vec bias = channels.weights(w[v]);
+        const Vec bias = load(w[v] + (s.kernel_h - tile.tap_end) * taps_w * kDepthwisePanel);
         CVFAST_UNROLL for (int o = 0; o < kTile; ++o) acc[v][o] = add(acc[v][o], bias);
     }
     activate_all(acc, s.activation);
-}
-
-// Channels [c, c + V * kLanes) of one tile, or its first `n` where kPartial.
-template <class T, int kWidth, int kStride, int kTile, int V, bool kEdge, bool kPartial>
-void depthwise_tile(const Tile<T>& tile, const float* packed, int64_t c, int n) {
-    const DepthwiseShape& s = tile.shape;
-    const float* w[V];
-    CVFAST_UNROLL for (int v = 0; v < V; ++v) w[v] = weights_at(s, packed, c + v * kLanes);
-    Vec acc[V][kTile];
-    depthwise_sums<T, kWidth, kStride, kEdge>(tile, tile.x + c, Neighbours<kPartial>{n}, w, acc);
     T* out = tile.out + c * s.multiplier;
     if (s.multiplier != 1) {
         CVFAST_UNROLL for (int v = 0; v < V; ++v) {
@@ -170,62 +151,11 @@ void depthwise_tile(const Tile<T>& tile, const float* packed, int64_t c, int n) 
     }
 }
 
-#if defined(CVFAST_HAS_AMX)
-// Of 32 channels the even or the odd ones: to widen them takes one instruction, two where they are
-// neighbours.
-template <bool kOdd>
-struct EveryOther {
-    int64_t panel;  // floats from panel to panel of weights
-
-    CVFAST_INLINE Vec x(const BFloat16* p) const {
-        const Vec pairs = _mm512_castsi512_ps(_mm512_loadu_si512(p));
-        return kOdd ? odd(pairs) : even(pairs);
-    }
-    CVFAST_INLINE Vec weights(const float* p) const {
-        const __m512i evens =
-            _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-        const __m512i lanes = _mm512_add_epi32(evens, _mm512_set1_epi32(kOdd));
-        return _mm512_permutex2var_ps(load(p), lanes, load(p + panel));
-    }
-};
-
-// Channels [c, c + 32) of one tile.
-template <int kWidth, int kStride, int kTile, bool kEdge>
-void depthwise_pairs(const Tile<BFloat16>& tile, const float* packed, int64_t c) {
-    const DepthwiseShape& s = tile.shape;
-    const int64_t panel = (s.kernel_h * s.kernel_w + 1) * kDepthwisePanel;
-    const BFloat16* x = tile.x + c;
-    alignas(64) float evens[kTile][kLanes];
-    Vec acc[1][kTile];
-    const float* w[1] = {weights_at(s, packed, c)};
-    depthwise_sums<BFloat16, kWidth, kStride, kEdge>(tile, x, EveryOther<false>{panel}, w, acc);
-    CVFAST_UNROLL for (int o = 0; o < kTile; ++o) store(evens[o], acc[0][o]);
-    w[0] = weights_at(s, packed, c);
-    depthwise_sums<BFloat16, kWidth, kStride, kEdge>(tile, x, EveryOther<true>{panel}, w, acc);
-    BFloat16* out = tile.out + c;
-    CVFAST_UNROLL for (int o = 0; o < kTile; ++o, out += s.out_pixel) {
-        if constexpr (kEdge) {
-            if (o >= tile.outputs) break;
-        }
-        store_pairs(out, load(evens[o]), acc[0][o]);
-    }
-}
-#endif
-
 template <class T, int kWidth, int kStride, int kTile, bool kEdge>
 CVFAST_INLINE void depthwise_tile_channels(const Tile<T>& tile, const float* packed,
                                            const DepthwiseRange& range) {
     int64_t c = range.channel_begin;
     const int64_t end = range.channel_end;
-#if defined(CVFAST_HAS_AMX)
-    if constexpr (std::is_same_v<T, BFloat16> && kWidth > 0) {
-        if (tile.shape.multiplier == 1) {
-            for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
-                depthwise_pairs<kWidth, kStride, kTile, kEdge>(tile, packed, c);
-            }
-        }
-    }
-#endif
     if constexpr (kTile < kLongTile) {  // registers for two vectors
         for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
             depthwise_tile<T, kWidth, kStride, kTile, 2, kEdge, false>(tile, packed, c, kLanes);
@@ -307,8 +237,8 @@ void depthwise_rows_of(const DepthwiseShape& s, const T* x, const float* packed,
 }  // namespace CVFAST_ISA_NAMESPACE
 }  // namespace cvfast
 
-#if defined(CVFAST_BF16_DOT) && !defined(CVFAST_HAS_AMX)
-#include "cpu/depthwise_dot.h"
+#if defined(CVFAST_BF16_DOT)
+#include "cpu/depthwise_block.h"
 #endif
 
 namespace cvfast::CVFAST_ISA_NAMESPACE {
@@ -316,9 +246,9 @@ namespace cvfast::CVFAST_ISA_NAMESPACE {
 template <class T>
 void depthwise_rows(const DepthwiseShape& s, const T* x, const float* packed, T* out,
                     const DepthwiseRange& range) {
-#if defined(CVFAST_BF16_DOT) && !defined(CVFAST_HAS_AMX)
+#if defined(CVFAST_BF16_DOT)
     if constexpr (std::is_same_v<T, BFloat16>) {
-        if (takes_dot(s)) return depthwise_dot(s, x, packed, out, range);
+        if (takes_blocks(s)) return depthwise_blocks(s, x, packed, out, range);
     }
 #endif
     if (s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2)) {

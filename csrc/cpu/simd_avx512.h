@@ -63,16 +63,14 @@ CVFAST_INLINE void store_n(T* p, Vec v, int n) {
 CVFAST_INLINE void store_two(BFloat16* p, Vec low, Vec high) {
     _mm512_storeu_si512(p, __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(high, low)));
 }
-#endif
 
-#if defined(CVFAST_BF16_DOT)
 // Lane by lane a number of each.
-CVFAST_INLINE void store_pairs(BFloat16* p, Vec evens, Vec odds) {
+CVFAST_INLINE __m512i narrow_pairs(Vec evens, Vec odds) {
     const __m512i halves = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(odds, evens));
     const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i order =
         _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+    return _mm512_permutexvar_epi16(order, halves);
 }
 #endif
 
