@@ -349,60 +349,144 @@ struct TilePositions {
 
 inline constexpr int kNanOrInfinity = 0x99;  // as of fpclass: quiet, signalling, both signs
 
-// Sums of a group of tiles times N panels, [tile][row][panel][16], and what becomes of them. The
-// tiles of sums are stored when the next group begins; results are made from what is stored, a few
-// positions at a time, while the tiles sum on.
+// 0, step, 2 step and so on.
+struct Multiples {
+    __m512i low, high;
+
+    explicit Multiples(int64_t step) {
+        const __m512i eight = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+        low = _mm512_mullo_epi64(eight, _mm512_set1_epi64(step));
+        high = _mm512_add_epi64(low, _mm512_set1_epi64(8 * step));
+    }
+    // Writes 16, from `first` on.
+    CVFAST_INLINE void write(int64_t* to, int64_t first) const {
+        _mm512_storeu_si512(to, _mm512_add_epi64(low, _mm512_set1_epi64(first)));
+        _mm512_storeu_si512(to + 8, _mm512_add_epi64(high, _mm512_set1_epi64(first)));
+    }
+};
+
+// Where the results of a group of tiles go: one entry per position that is wanted, and room for 16
+// that are written and not meant.
+struct AmxPlaces {
+    static constexpr int kMost = 5 * kAmxRows;
+
+    int count = 0;
+    int64_t sums[kMost];      // elements from the first of the group
+    int64_t out[kMost];       // elements from the tensor's first
+    int64_t residual[kMost];  // likewise, if there is one
+    int64_t begin[4];         // per tile, its first position of the line
+    const char* a[4];         // per tile, its first position
+};
+
+// The places of any group of a product, whose tiles are stored `row` elements apart.
+template <class T>
+class AmxPlacing {
+  public:
+    AmxPlacing(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t row)
+        : t_(t),
+          tiling_(tiling),
+          row_(row),
+          sums_(row),
+          out_(t.out_pixel),
+          residual_(t.residual_pixel) {}
+
+    void place(int64_t first, int tiles, AmxPlaces& places) const {
+        int count = 0;
+        for (int m = 0; m < tiles; ++m) {
+            const TilePositions tile(t_, tiling_, first + m);
+            places.begin[m] = tile.begin;
+            places.a[m] = tile.a(t_);
+            int64_t row = tile.line, pixel = tile.first_wanted;
+            if (pixel >= t_.period) row += pixel / t_.period, pixel %= t_.period;
+            const int64_t end = tile.begin + tiling_.rows;
+            for (int64_t p = tile.first_wanted; p < end; p += t_.period - pixel, pixel = 0, ++row) {
+                const int64_t wanted = std::min(end - p, t_.valid - pixel);
+                if (wanted <= 0) continue;
+                sums_.write(places.sums + count, (m * kAmxRows + p - tile.begin) * row_);
+                out_.write(places.out + count,
+                           tile.image * t_.out_image + row * t_.out_row + pixel * t_.out_pixel);
+                if (t_.residual) {
+                    residual_.write(places.residual + count, tile.image * t_.residual_image +
+                                                                 row * t_.residual_row +
+                                                                 pixel * t_.residual_pixel);
+                }
+                count += static_cast<int>(wanted);
+            }
+        }
+        places.count = count;
+    }
+
+  private:
+    const AmxProduct<T>& t_;
+    const AmxTiling& tiling_;
+    const int64_t row_;
+    const Multiples sums_, out_, residual_;
+};
+
+// Sums of groups of tiles times N panels, [tile][row][panel][16], and what becomes of them. While
+// one group is summed in the tiles, that before it lies stored, and of the one before that results
+// are made, a few positions at a time: what was just stored from tiles can't be loaded for a while,
+// and whatever waits for it keeps the next products waiting too.
 template <int N, class T>
 class AmxResults {
   public:
-    AmxResults(const AmxProduct<T>& t, const AmxTiling& tiling) : t_(t), tiling_(tiling) {}
+    AmxResults(const AmxProduct<T>& t, const AmxTiling& tiling)
+        : t_(t), tiling_(tiling), placing_(t, tiling, N * kLanes) {}
     AmxResults(const AmxResults&) = delete;
-    ~AmxResults() { make(positions_left()); }
+    ~AmxResults() {
+        add_segment();
+        take();
+        make(left());
+    }
 
     // The tiles hold a segment of the sums of `tiles` tiles from `tile` on times panels from
     // channel c on.
     void sum(int64_t tile, int tiles, int64_t c, bool first_segment, bool last_segment) {
-        summed_ = {tile, tiles, c, first_segment, last_segment};
+        if (tile != placed_) {
+            placed_ = tile;
+            at_place_ = (at_place_ + 1) % 3;
+            placing_.place(tile, tiles, places_[at_place_]);
+        }
+        summed_ = {tiles, c, at_place_, first_segment, last_segment};
         in_tiles_ = true;
     }
     bool in_tiles() const { return in_tiles_; }
     // Where the tiles are to be stored before they sum something else, and what then follows.
-    float* place() { return summed_.first_segment ? sums_[1 - current_] : segment_; }
+    float* place() {
+        add_segment();
+        if (!summed_.first_segment) return segment_;
+        take();
+        return sums_[1 - current_];
+    }
     void stored() {
         in_tiles_ = false;
-        if (!summed_.first_segment) add_segment();
-        if (summed_.last_segment) take();
+        adds_segment_ = !summed_.first_segment;
+        if (summed_.last_segment) stored_ = summed_;
     }
 
-    int64_t positions_left() const { return tiles_left_ * int64_t{tiling_.rows}; }
+    int left() const { return made_->count - next_; }
 
     // Makes results of at most `positions`.
-    void make(int64_t positions) {
-        while (positions > 0 && tiles_left_ > 0) {
-            const int64_t in_tile = std::min<int64_t>(positions, tiling_.rows - at_);
-            const int64_t count = std::min(in_tile, t_.period - pixel_);  // neighbours in a row
-            if (pixel_ < t_.valid) make_row(std::min(count, t_.valid - pixel_));
-            positions -= count;
-            from_ += count * N * kLanes;
-            at_ += static_cast<int>(count);
-            pixel_ += count;
-            if (pixel_ == t_.period) pixel_ = 0, ++row_;
-            if (at_ < tiling_.rows) continue;
-            from_ += (kAmxRows - tiling_.rows) * N * kLanes;
-            ++tile_;
-            if (--tiles_left_ > 0) begin_tile();
-        }
+    void make(int positions) {
+        const int begin = next_;
+        next_ = std::min(made_->count, next_ + positions);
+        if (begin < next_) (this->*make_)(begin, next_);
     }
 
   private:
-    struct Summed {
-        int64_t tile;
-        int tiles;
+    using Make = void (AmxResults::*)(int begin, int end);
+
+    struct Group {
+        int tiles = 0;  // none: there is no group
         int64_t channel;
+        int places;
         bool first_segment, last_segment;
     };
 
+    // To the sums of the segments before.
     void add_segment() {
+        if (!adds_segment_) return;
+        adds_segment_ = false;
         float* sums = sums_[1 - current_];
         for (int m = 0; m < summed_.tiles; ++m) {
             for (int i = 0; i < tiling_.rows * N; ++i) {
@@ -412,130 +496,143 @@ class AmxResults {
         }
     }
 
-    // Takes over the sums that were stored.
+    // Turns to the results of the sums that are stored, if any.
     void take() {
-        make(positions_left());
+        make(left());
+        if (!stored_.tiles) return;
         current_ = 1 - current_;
-        tiles_left_ = summed_.tiles;
-        tile_ = summed_.tile;
-        const int64_t c = channel_ = summed_.channel;
+        made_ = &places_[stored_.places];
+        next_ = 0;
+        const int64_t c = channel_ = stored_.channel;
+        stored_.tiles = 0;
         last_ = static_cast<int>(std::min<int64_t>(kLanes, t_.channels - c - (N - 1) * kLanes));
         for (int n = 0; n < N; ++n) {
             const float* bias = t_.bias + (c / kAmxPanel + n) * t_.panel;
             store(bias_[n], weight_row(bias, 0, is_half(n)));
         }
-        from_ = sums_[current_];
-        begin_tile();
+        make_ = how_to_make();
     }
 
     bool is_half(int n) const { return t_.half && channel_ + (n + 1) * kAmxPanel > t_.channels; }
 
-    void begin_tile() {
-        const TilePositions positions(t_, tiling_, tile_);
-        image_ = positions.image;
-        begin_ = positions.begin;
-        a_ = positions.a(t_);
-        at_ = static_cast<int>(positions.first_wanted - begin_);
-        from_ += at_ * N * kLanes;
-        row_ = positions.line;
-        pixel_ = positions.first_wanted;
-        if (pixel_ >= t_.period) row_ += pixel_ / t_.period, pixel_ %= t_.period;
-    }
+    float* sums_at(int i) { return sums_[current_] + made_->sums[i]; }
 
-    void make_row(int64_t count) {
-        if constexpr (kAmxPieces<T> > 1) mend(count);
-        if (t_.sums_before || t_.sums_after) {
-            const int64_t first = channel_ * t_.positions + (begin_ + at_) * kAmxPanel;
-            const int64_t panel = t_.positions * kAmxPanel;
-            for (int n = 0; n < N; ++n) {
-                float* sums = from_ + n * kLanes;
-                for (int64_t i = 0; i < count; ++i, sums += N * kLanes) {
-                    const int64_t at = first + n * panel + i * kAmxPanel;
-                    if (t_.sums_before) store(sums, add(load(sums), load(t_.sums_before + at)));
-                    if (t_.sums_after) store(t_.sums_after + at, load(sums));
-                }
-            }
-            if (t_.sums_after) return;
-        }
+    Make how_to_make() const {
         switch (t_.activation) {
             case Activation::none:
-                return make_row_as<Activation::none>(count);
+                return how_to_make_as<Activation::none>();
             case Activation::relu:
-                return make_row_as<Activation::relu>(count);
+                return how_to_make_as<Activation::relu>();
             case Activation::relu6:
-                return make_row_as<Activation::relu6>(count);
+                return how_to_make_as<Activation::relu6>();
             case Activation::hardswish:
-                return make_row_as<Activation::hardswish>(count);
+                return how_to_make_as<Activation::hardswish>();
             case Activation::hardsigmoid:
-                return make_row_as<Activation::hardsigmoid>(count);
+                return how_to_make_as<Activation::hardsigmoid>();
         }
-    }
-
-    // Sums of pieces that are not finite.
-    CVFAST_INLINE void mend(int64_t count) {
-        __mmask16 strange = 0;
-        for (int64_t i = 0; i < count * N; ++i) {
-            strange |= _mm512_fpclass_ps_mask(load(from_ + i * kLanes), kNanOrInfinity);
-        }
-        if (strange == 0) [[likely]]
-            return;
-        const float* panels = t_.weights + channel_ / kAmxPanel * t_.panel;
-        for (int64_t i = 0; i < count * N; ++i) {
-            if (all_finite(load(from_ + i * kLanes))) continue;
-            const int n = static_cast<int>(i % N);
-            const char* position = a_ + (at_ + i / N) * t_.a_pixel;
-            store(from_ + i * kLanes, whole_sums(t_, position, panels + n * t_.panel, is_half(n)));
-        }
+        __builtin_unreachable();
     }
 
     template <Activation kActivation>
-    void make_row_as(int64_t count) {
+    Make how_to_make_as() const {
+        const bool whole = last_ == kLanes;
+        if (t_.sums_before || t_.sums_after) return &AmxResults::add_sums<kActivation>;
         if (t_.residual) {
-            last_ == kLanes ? make_results<kActivation, true, true>(count)
-                            : make_results<kActivation, true, false>(count);
+            return whole ? &AmxResults::make_results<kActivation, true, true>
+                         : &AmxResults::make_results<kActivation, true, false>;
+        }
+        return whole ? &AmxResults::make_results<kActivation, false, true>
+                     : &AmxResults::make_results<kActivation, false, false>;
+    }
+
+    // Sums of pieces that are not finite.
+    CVFAST_INLINE void mend(int begin, int end) {
+        __mmask16 strange = 0;
+        for (int i = begin; i < end; ++i) {
+            CVFAST_UNROLL for (int n = 0; n < N; ++n) {
+                strange |= _mm512_fpclass_ps_mask(load(sums_at(i) + n * kLanes), kNanOrInfinity);
+            }
+        }
+        if (strange == 0) [[likely]]
+            return;
+        const AmxPlaces& places = *made_;
+        for (int i = begin; i < end; ++i) {
+            const int64_t at = places.sums[i] / (N * kLanes);
+            const char* position = places.a[at / kAmxRows] + at % kAmxRows * t_.a_pixel;
+            for (int n = 0; n < N; ++n) {
+                float* sums = sums_at(i) + n * kLanes;
+                if (all_finite(load(sums))) continue;
+                const float* weights = t_.weights + (channel_ / kAmxPanel + n) * t_.panel;
+                store(sums, whole_sums(t_, position, weights, is_half(n)));
+            }
+        }
+    }
+
+    // Of a product in parts: adds the sums of the parts before, and leaves sums for the next or
+    // makes results.
+    template <Activation kActivation>
+    void add_sums(int begin, int end) {
+        if constexpr (kAmxPieces<T> > 1) mend(begin, end);
+        const AmxPlaces& places = *made_;
+        for (int i = begin; i < end; ++i) {
+            const int64_t at = places.sums[i] / (N * kLanes);
+            const int64_t position = places.begin[at / kAmxRows] + at % kAmxRows;
+            for (int n = 0; n < N; ++n) {
+                float* sums = sums_at(i) + n * kLanes;
+                const int64_t part =
+                    (channel_ + n * kAmxPanel) * t_.positions + position * kAmxPanel;
+                if (t_.sums_before) store(sums, add(load(sums), load(t_.sums_before + part)));
+                if (t_.sums_after) store(t_.sums_after + part, load(sums));
+            }
+        }
+        if (t_.sums_after) return;
+        if (t_.residual) {
+            finish<kActivation, true, false>(begin, end);
         } else {
-            last_ == kLanes ? make_results<kActivation, false, true>(count)
-                            : make_results<kActivation, false, false>(count);
+            finish<kActivation, false, false>(begin, end);
         }
     }
 
     template <Activation kActivation, bool kResidual, bool kWhole>
-    void make_results(int64_t count) {
+    void make_results(int begin, int end) {
+        if constexpr (kAmxPieces<T> > 1) mend(begin, end);
+        finish<kActivation, kResidual, kWhole>(begin, end);
+    }
+
+    // kWhole: all panels have 16 channels.
+    template <Activation kActivation, bool kResidual, bool kWhole>
+    CVFAST_INLINE void finish(int begin, int end) {
         Vec bias[N];
         CVFAST_UNROLL for (int n = 0; n < N; ++n) bias[n] = load(bias_[n]);
-        const float* from = from_;
-        T* out =
-            t_.out + image_ * t_.out_image + row_ * t_.out_row + pixel_ * t_.out_pixel + channel_;
         // Read once: what is stored might be these numbers, as far as the compiler knows.
-        const int64_t out_pixel = t_.out_pixel, residual_pixel = t_.residual_pixel;
+        const AmxPlaces& places = *made_;
+        const float* const sums = sums_[current_];
+        const T* const residual = t_.residual + channel_;
+        T* const out = t_.out + channel_;
         const int last = last_;
-        const T* residual = t_.residual;
-        if (kResidual) {
-            residual += image_ * t_.residual_image + row_ * t_.residual_row +
-                        pixel_ * t_.residual_pixel + channel_;
-        }
-        for (; count > 0; --count, from += N * kLanes, out += out_pixel) {
-            Vec sums[1][N];
+        for (int i = begin; i < end; ++i) {
+            const float* from = sums + places.sums[i];
+            T* const to = out + places.out[i];
+            Vec y[1][N];
             CVFAST_UNROLL for (int n = 0; n < N; ++n) {
-                sums[0][n] = add(load(from + n * kLanes), bias[n]);
+                y[0][n] = add(load(from + n * kLanes), bias[n]);
                 if constexpr (kResidual) {
-                    const T* p = residual + n * kLanes;
+                    const T* p = residual + places.residual[i] + n * kLanes;
                     const bool whole = kWhole || n < N - 1;
-                    sums[0][n] = add(sums[0][n], whole ? load(p) : load_n(p, last));
+                    y[0][n] = add(y[0][n], whole ? load(p) : load_n(p, last));
                 }
             }
-            if (kResidual) residual += residual_pixel;
-            activate_all_as<kActivation>(sums);
+            activate_all_as<kActivation>(y);
             if constexpr (kWhole && N % 2 == 0 && std::is_same_v<T, BFloat16>) {
                 CVFAST_UNROLL for (int n = 0; n < N; n += 2) {
-                    store_two(out + n * kLanes, sums[0][n], sums[0][n + 1]);
+                    store_two(to + n * kLanes, y[0][n], y[0][n + 1]);
                 }
             } else {
                 CVFAST_UNROLL for (int n = 0; n < N; ++n) {
                     if (kWhole || n < N - 1) {
-                        store(out + n * kLanes, sums[0][n]);
+                        store(to + n * kLanes, y[0][n]);
                     } else {
-                        store_n(out + n * kLanes, sums[0][n], last);
+                        store_n(to + n * kLanes, y[0][n], last);
                     }
                 }
             }
@@ -544,21 +641,25 @@ class AmxResults {
 
     const AmxProduct<T>& t_;
     const AmxTiling& tiling_;
-    Summed summed_{};
-    bool in_tiles_ = false;
+    const AmxPlacing<T> placing_;
+    Group summed_, stored_;
+    bool in_tiles_ = false, adds_segment_ = false;
+    AmxPlaces places_[3];
+    int64_t placed_ = -1;  // first tile of places_[at_place_]
+    int at_place_ = 0;
+    const AmxPlaces* made_ = places_;
+    int next_ = 0;  // of the places, what results are made of
     int current_ = 0;
-    int64_t tiles_left_ = 0, tile_ = 0, channel_ = 0;
-    const char* a_ = nullptr;  // of the tile
-    float* from_ = nullptr;    // sums of the position that is next
-    int64_t image_ = 0, begin_ = 0, row_ = 0, pixel_ = 0;
-    int at_ = 0, last_ = 0;
+    int64_t channel_ = 0;
+    int last_ = 0;
+    Make make_ = nullptr;
     alignas(64) float bias_[N][kLanes];
     alignas(64) float sums_[2][4 * kAmxRows * kLanes];
     alignas(64) float segment_[kAmxPieces<T> > 1 ? 4 * kAmxRows * kLanes : kLanes];
 };
 
-// Results that are made at once, at least.
-inline constexpr int64_t kAtOnce = 4;
+// Positions whose results are made at once are a multiple of this.
+inline constexpr int kAtOnce = 4;
 
 // Of a float product, steps that are summed one after another: the sums of such segments are added
 // to each other. See pointwise_segment().
@@ -627,7 +728,7 @@ void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int
     for (int m = 0; m < M; ++m) walk.positions[m] = TilePositions(t, tiling, tile + m).a(t);
     CVFAST_UNROLL for (int n = 0; n < N; ++n) walk.weights[n] = weights[n];
     walk.last_bytes = amx_last_bytes(t);
-    int64_t due = 0, per_step = 0;
+    int due = 0, per_step = 0;
     for (int64_t begin = 0, end; begin < all; begin = end) {
         if (results.in_tiles()) {
             amx_step<M, N, kEven, kKeep>(t, steps, walk, StoreFirst<N>{results.place()});
@@ -635,11 +736,17 @@ void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int
         } else {
             amx_step<M, N, kEven, kKeep>(t, steps, walk, FromZero{});
         }
-        if (begin == 0) per_step = results.positions_left() / all + 1;
+        if (begin == 0) {
+            // Done before the group is, so that none are left when the next begins.
+            const int share = results.left() / static_cast<int>(std::max<int64_t>(1, all - 1));
+            due = per_step = share < kAtOnce ? share + 1 : (share / kAtOnce + 1) * kAtOnce;
+        }
         end = std::min(begin + most, all);
         for (int64_t i = begin + 1; i < end; ++i) {
+            results.make(due / kAtOnce * kAtOnce);
+            due %= kAtOnce;
             amx_step<M, N, kEven, kKeep>(t, steps, walk, GoOn{});
-            if ((due += per_step) >= kAtOnce) results.make(due), due = 0;
+            due += per_step;
         }
         results.sum(tile, M, c, begin == 0, end == all);
     }
