@@ -3,9 +3,10 @@ arena whose memory is used again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from operator import itemgetter
 
 import torch
 
@@ -175,35 +176,52 @@ class Arena:
     offsets: dict[Image, int]
 
 
-def pack(
-    lives: list[Lifetime],
-    alignment: int = ALIGNMENT,
-    given: Mapping[Image, int] = MappingProxyType({}),
-) -> Arena:
+_ATTEMPTS = 8
+"""Orders that :func:`pack` tries."""
+
+
+def pack(lives: Sequence[Lifetime], alignment: int = ALIGNMENT) -> Arena:
     """Offsets such that no two images share memory while both live: the largest first, each at the
-    lowest place that is free throughout its life (Pisarchyk and Lee, 2020, greedy by size); but
-    those ``given``, which stay, before all others."""
-    placed: list[tuple[int, int, Lifetime]] = []
-    offsets: dict[Image, int] = {}
-    for life in sorted(lives, key=lambda v: (v.image not in given, -v.bytes, v.first)):
-        size = -(-life.bytes // alignment) * alignment
-        offset = given.get(life.image, 0)
-        for begin, end, other in placed:  # by offset
-            if life.image in given or offset + size <= begin:
+    lowest place that is free throughout its life (Pisarchyk and Lee, 2020, greedy by size). While
+    that takes more than the busiest step, the one that ends highest is placed first of all."""
+    bound = lower_bound([replace(v, bytes=_aligned(v.bytes, alignment)) for v in lives])
+    order = sorted(lives, key=lambda v: (-v.bytes, v.first))
+    best = _first_fit(order, alignment)
+    arena = best
+    for _ in range(_ATTEMPTS):
+        if best.bytes == bound:
+            break
+        highest = max(order, key=lambda v: arena.offsets[v.image] + v.bytes)
+        order.remove(highest)
+        order.insert(0, highest)
+        arena = _first_fit(order, alignment)
+        best = min(best, arena, key=lambda a: a.bytes)
+    return best
+
+
+def _first_fit(order: Sequence[Lifetime], alignment: int) -> Arena:
+    placed: list[tuple[int, int, Lifetime]] = []  # by offset
+    for life in order:
+        size, offset = _aligned(life.bytes, alignment), 0
+        for begin, end, other in placed:
+            if offset + size <= begin:
                 break
             if other.first <= life.last and life.first <= other.last:
                 offset = max(offset, end)
-        offsets[life.image] = offset
-        placed.append((offset, offset + size, life))
-        placed.sort(key=lambda entry: entry[0])
+        insort(placed, (offset, offset + size, life), key=itemgetter(0))
+    offsets = {life.image: offset for offset, _, life in placed}
     return Arena(max((end for _, end, _ in placed), default=0), offsets)
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 def largest_gap(lives: list[Lifetime], arena: Arena, step: int) -> int:
     """The most bytes in a row, aligned, that no image takes at ``step``."""
     there = [v for v in lives if v.first <= step <= v.last]
     begins = sorted(arena.offsets[v.image] for v in there)
-    ends = sorted(-(-(arena.offsets[v.image] + v.bytes) // ALIGNMENT) * ALIGNMENT for v in there)
+    ends = sorted(_aligned(arena.offsets[v.image] + v.bytes, ALIGNMENT) for v in there)
     return max(begin - end for begin, end in zip([*begins, arena.bytes], [0, *ends], strict=True))
 
 

@@ -123,6 +123,27 @@ class Plan(ArenaPlan):
         return stages.choose(self.graph)
 
     def _record(self) -> int:
+        least = max(self.arena.bytes // _SCRATCH_SHARE, self.threads * _LEAST_SCRATCH)
+        most_scratch = [
+            max(least, memory.largest_gap(self.lives, self.arena, step))
+            for step in range(len(self.graph.nodes))
+        ]
+        # How much scratch memory the steps need is known when they are recorded; then images may
+        # have to move for it.
+        sizes = self._append_calls(most_scratch)
+        scratch = [memory.scratch_lifetime(step, size) for step, size in enumerate(sizes)]
+        images, self.lives = self.arena, [*self.lives, *scratch]
+        self.arena = memory.pack(self.lives)
+        if any(self.arena.offsets[image] != offset for image, offset in images.offsets.items()):
+            ops.plan_abandon()
+            self._append_calls(most_scratch)
+        places = [self.arena.offsets[scratch[step].image] for step, _ in stages.order(self.stages)]
+        number: int = ops.plan_finish(self.arena.bytes, places)
+        return number
+
+    def _append_calls(self, most_scratch: Sequence[int]) -> list[int]:
+        """Record the calls of all steps with the arena as it is; return the scratch memory that
+        each step needs, where it may take ``most_scratch``, in bytes."""
         arena = self.arena
         # Written to by none: pages that are not touched take no memory.
         base = torch.empty(max(1, arena.bytes), dtype=torch.uint8)
@@ -143,21 +164,15 @@ class Plan(ArenaPlan):
         ops.plan_record(base, externals, self.threads)
         try:
             sizes = [0] * len(self.graph.nodes)
-            least = max(arena.bytes // _SCRATCH_SHARE, self.threads * _LEAST_SCRATCH)
             for step, group in stages.order(self.stages):
-                ops.plan_limit_scratch(max(least, memory.largest_gap(self.lives, arena, step)))
+                ops.plan_limit_scratch(most_scratch[step])
                 for call in self.graph.nodes[step].calls(partial(tensor, group=group)):
                     call()  # appends itself
                 sizes[step] = max(sizes[step], ops.plan_barrier())
         except BaseException:
             ops.plan_abandon()
             raise
-        scratch = [memory.scratch_lifetime(step, size) for step, size in enumerate(sizes)]
-        self.lives = [*self.lives, *scratch]
-        self.arena = memory.pack(self.lives, given=arena.offsets)
-        places = [self.arena.offsets[scratch[step].image] for step, _ in stages.order(self.stages)]
-        number: int = ops.plan_finish(self.arena.bytes, places)
-        return number
+        return sizes
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         ops.plan_run(self._id, inputs, outputs)
