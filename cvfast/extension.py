@@ -156,6 +156,6 @@ def cpu_l2_bytes() -> int:
 
 
 def cpu_l3_bytes() -> int:
-    """Bytes of the L3 cache that plans are divided for; needs the cpu extension. Those of L2 where
-    the system lists no L3."""
+    """Bytes of the L3 cache, of which `cvfast.engine.stages` counts 32 MB at most; needs the cpu
+    extension. Those of L2 where the system lists no L3."""
     return torch.ops.cvfast.cpu_l3_bytes()

@@ -354,8 +354,8 @@ struct Multiples {
     __m512i low, high;
 
     explicit Multiples(int64_t step) {
-        const __m512i eight = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-        low = _mm512_mullo_epi64(eight, _mm512_set1_epi64(step));
+        const __m512i counts = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+        low = _mm512_mullo_epi64(counts, _mm512_set1_epi64(step));
         high = _mm512_add_epi64(low, _mm512_set1_epi64(8 * step));
     }
     // Writes 16, from `first` on.
@@ -365,8 +365,8 @@ struct Multiples {
     }
 };
 
-// Where the results of a group of tiles go: one entry per position that is wanted, and room for 16
-// that are written and not meant.
+// Where the results of a group of tiles go: an entry per position that is wanted. Entries are
+// written 16 at a time, so there is room for what is written beyond the last.
 struct AmxPlaces {
     static constexpr int kMost = 5 * kAmxRows;
 
@@ -374,19 +374,20 @@ struct AmxPlaces {
     int64_t sums[kMost];      // elements from the first of the group
     int64_t out[kMost];       // elements from the tensor's first
     int64_t residual[kMost];  // likewise, if there is one
-    int64_t begin[4];         // per tile, its first position of the line
-    const char* a[4];         // per tile, its first position
+    int64_t begin[4];         // per tile, which position of its line its first row is
+    const char* a[4];         // per tile, where that position lies
 };
 
-// The places of any group of a product, whose tiles are stored `row` elements apart.
+// Works out the places of groups of a product. In a group, positions are stored `step` elements
+// apart.
 template <class T>
 class AmxPlacing {
   public:
-    AmxPlacing(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t row)
+    AmxPlacing(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t step)
         : t_(t),
           tiling_(tiling),
-          row_(row),
-          sums_(row),
+          step_(step),
+          sums_(step),
           out_(t.out_pixel),
           residual_(t.residual_pixel) {}
 
@@ -402,7 +403,7 @@ class AmxPlacing {
             for (int64_t p = tile.first_wanted; p < end; p += t_.period - pixel, pixel = 0, ++row) {
                 const int64_t wanted = std::min(end - p, t_.valid - pixel);
                 if (wanted <= 0) continue;
-                sums_.write(places.sums + count, (m * kAmxRows + p - tile.begin) * row_);
+                sums_.write(places.sums + count, (m * kAmxRows + p - tile.begin) * step_);
                 out_.write(places.out + count,
                            tile.image * t_.out_image + row * t_.out_row + pixel * t_.out_pixel);
                 if (t_.residual) {
@@ -419,7 +420,7 @@ class AmxPlacing {
   private:
     const AmxProduct<T>& t_;
     const AmxTiling& tiling_;
-    const int64_t row_;
+    const int64_t step_;
     const Multiples sums_, out_, residual_;
 };
 
@@ -536,7 +537,10 @@ class AmxResults {
     template <Activation kActivation>
     Make how_to_make_as() const {
         const bool whole = last_ == kLanes;
-        if (t_.sums_before || t_.sums_after) return &AmxResults::add_sums<kActivation>;
+        if (t_.sums_before || t_.sums_after) {
+            return whole ? &AmxResults::add_sums<kActivation, true>
+                         : &AmxResults::add_sums<kActivation, false>;
+        }
         if (t_.residual) {
             return whole ? &AmxResults::make_results<kActivation, true, true>
                          : &AmxResults::make_results<kActivation, true, false>;
@@ -570,7 +574,7 @@ class AmxResults {
 
     // Of a product in parts: adds the sums of the parts before, and leaves sums for the next or
     // makes results.
-    template <Activation kActivation>
+    template <Activation kActivation, bool kWhole>
     void add_sums(int begin, int end) {
         if constexpr (kAmxPieces<T> > 1) mend(begin, end);
         const AmxPlaces& places = *made_;
@@ -587,9 +591,9 @@ class AmxResults {
         }
         if (t_.sums_after) return;
         if (t_.residual) {
-            finish<kActivation, true, false>(begin, end);
+            finish<kActivation, true, kWhole>(begin, end);
         } else {
-            finish<kActivation, false, false>(begin, end);
+            finish<kActivation, false, kWhole>(begin, end);
         }
     }
 
@@ -607,7 +611,7 @@ class AmxResults {
         // Read once: what is stored might be these numbers, as far as the compiler knows.
         const AmxPlaces& places = *made_;
         const float* const sums = sums_[current_];
-        const T* const residual = t_.residual + channel_;
+        const T* const residual = kResidual ? t_.residual + channel_ : nullptr;
         T* const out = t_.out + channel_;
         const int last = last_;
         for (int i = begin; i < end; ++i) {
@@ -648,7 +652,7 @@ class AmxResults {
     int64_t placed_ = -1;  // first tile of places_[at_place_]
     int at_place_ = 0;
     const AmxPlaces* made_ = places_;
-    int next_ = 0;  // of the places, what results are made of
+    int next_ = 0;  // place that has no result yet
     int current_ = 0;
     int64_t channel_ = 0;
     int last_ = 0;
@@ -737,7 +741,7 @@ void amx_sums(const AmxProduct<T>& t, const AmxTiling& tiling, int64_t tile, int
             amx_step<M, N, kEven, kKeep>(t, steps, walk, FromZero{});
         }
         if (begin == 0) {
-            // Done before the group is, so that none are left when the next begins.
+            // Done before the group is, so that few are left when the next begins.
             const int share = results.left() / static_cast<int>(std::max<int64_t>(1, all - 1));
             due = per_step = share < kAtOnce ? share + 1 : (share / kAtOnce + 1) * kAtOnce;
         }

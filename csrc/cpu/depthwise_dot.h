@@ -1,5 +1,5 @@
 // Depthwise tiles of bfloat16 by VDPBF16PS, which adds two products to each lane: those of two
-// kernel rows. Included by depthwise_block.h.
+// kernel rows. Included by depthwise_bf16.h.
 //
 // At 3x3 that is 6 dot products for 9 multiply-adds, and nothing is widened: unpacking 32 channels
 // of two rows yields the pairs. It does so within 128 bits: one accumulator holds the channels 0-3,
@@ -8,10 +8,10 @@
 
 namespace cvfast::CVFAST_ISA_NAMESPACE {
 
-inline constexpr int kBlockRows = 1;
+inline constexpr int kBf16Rows = 1;
 
 // What a kernel row that lies outside the image, or that an odd row is paired with, reads.
-inline constexpr BFloat16 kDotZeros[kBlockWeightChannels]{};
+inline constexpr BFloat16 kDotZeros[kBf16WeightChannels]{};
 
 // The channel, of 32, in each lane of accumulator v.
 CVFAST_INLINE __m512i dot_order(int v) {
@@ -21,7 +21,7 @@ CVFAST_INLINE __m512i dot_order(int v) {
 
 // The weights of n <= 32 channels: for each pair of kernel rows and each column two vectors, then
 // the bias.
-inline void pack_block(const DepthwiseShape& s, const float* packed, int64_t n, float* out) {
+inline void pack_bf16(const DepthwiseShape& s, const float* packed, int64_t n, float* out) {
     const int64_t taps = s.kernel_h * s.kernel_w;
     const auto channels = [&](int64_t tap, int v) {
         const bool present = tap <= taps && v * kLanes < n;
@@ -53,15 +53,15 @@ inline void pack_block(const DepthwiseShape& s, const float* packed, int64_t n, 
 }
 
 template <int kRows, int kWidth, int kStride, bool kEdge, bool kPartial>
-void block_tile(const BlockTile& tile, const float* weights, int64_t c, int n) {
+void bf16_tile(const Bf16Tile& tile, const float* weights, int64_t c, int n) {
     static_assert(kRows == 1);
     const DepthwiseShape& s = tile.shape;
-    const auto mask = static_cast<__mmask32>(~0u >> (kBlockChannels - n));
+    const auto mask = static_cast<__mmask32>(~0u >> (kBf16Channels - n));
     const auto load_row = [&](const BFloat16* p) {
         return kPartial ? _mm512_maskz_loadu_epi16(mask, p) : _mm512_loadu_si512(p);
     };
-    Vec acc[2][kBlockOutputs];
-    CVFAST_UNROLL for (int o = 0; o < kBlockOutputs; ++o) acc[0][o] = acc[1][o] = set1(0.f);
+    Vec acc[2][kBf16Outputs];
+    CVFAST_UNROLL for (int o = 0; o < kBf16Outputs; ++o) acc[0][o] = acc[1][o] = set1(0.f);
     for (int64_t row = 0; row < s.kernel_h; row += 2) {
         Vec weight[kWidth][2];
         CVFAST_UNROLL for (int k = 0; k < kWidth; ++k) {
@@ -69,11 +69,11 @@ void block_tile(const BlockTile& tile, const float* weights, int64_t c, int n) {
                 weight[k][v] = load(weights);
             }
         }
-        const int64_t pixel_a = tile.rows[row] ? s.x_pixel : 0;
-        const int64_t pixel_b = tile.rows[row + 1] ? s.x_pixel : 0;
-        const BFloat16* a = (pixel_a ? tile.rows[row] : kDotZeros) + c + tile.column * pixel_a;
-        const BFloat16* b = (pixel_b ? tile.rows[row + 1] : kDotZeros) + c + tile.column * pixel_b;
-        constexpr int kColumns = (kBlockOutputs - 1) * kStride + kWidth;
+        const BFloat16 *row_a = tile.rows[row], *row_b = tile.rows[row + 1];
+        const int64_t pixel_a = row_a ? s.x_pixel : 0, pixel_b = row_b ? s.x_pixel : 0;
+        const BFloat16* a = (row_a ? row_a : kDotZeros) + c + tile.column * pixel_a;
+        const BFloat16* b = (row_b ? row_b : kDotZeros) + c + tile.column * pixel_b;
+        constexpr int kColumns = (kBf16Outputs - 1) * kStride + kWidth;
         CVFAST_UNROLL for (int j = 0; j < kColumns; ++j, a += pixel_a, b += pixel_b) {
             opaque(a);
             opaque(b);
@@ -87,7 +87,7 @@ void block_tile(const BlockTile& tile, const float* weights, int64_t c, int n) {
                                   _mm512_castsi512_ps(_mm512_unpackhi_epi16(first, second))};
             CVFAST_UNROLL for (int k = 0; k < kWidth; ++k) {
                 const int o = (j - k) / kStride;
-                if (j >= k && (j - k) % kStride == 0 && o < kBlockOutputs) {
+                if (j >= k && (j - k) % kStride == 0 && o < kBf16Outputs) {
                     acc[0][o] = dot_pairs(pairs[0], weight[k][0], acc[0][o]);
                     acc[1][o] = dot_pairs(pairs[1], weight[k][1], acc[1][o]);
                 }
@@ -97,12 +97,12 @@ void block_tile(const BlockTile& tile, const float* weights, int64_t c, int n) {
     // The bias comes last: sums that started at a large one would round each product at its size.
     CVFAST_UNROLL for (int v = 0; v < 2; ++v) {
         const Vec bias = load(weights + v * kLanes);
-        CVFAST_UNROLL for (int o = 0; o < kBlockOutputs; ++o) acc[v][o] = add(acc[v][o], bias);
+        CVFAST_UNROLL for (int o = 0; o < kBf16Outputs; ++o) acc[v][o] = add(acc[v][o], bias);
     }
     activate_all(acc, s.activation);
     const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     BFloat16* out = tile.out + c;
-    CVFAST_UNROLL for (int o = 0; o < kBlockOutputs; ++o, out += s.out_pixel) {
+    CVFAST_UNROLL for (int o = 0; o < kBf16Outputs; ++o, out += s.out_pixel) {
         if constexpr (kEdge) {
             if (o >= tile.outputs) break;
         }

@@ -238,7 +238,7 @@ void depthwise_rows_of(const DepthwiseShape& s, const T* x, const float* packed,
 }  // namespace cvfast
 
 #if defined(CVFAST_BF16_DOT)
-#include "cpu/depthwise_block.h"
+#include "cpu/depthwise_bf16.h"
 #endif
 
 namespace cvfast::CVFAST_ISA_NAMESPACE {
@@ -248,7 +248,7 @@ void depthwise_rows(const DepthwiseShape& s, const T* x, const float* packed, T*
                     const DepthwiseRange& range) {
 #if defined(CVFAST_BF16_DOT)
     if constexpr (std::is_same_v<T, BFloat16>) {
-        if (takes_blocks(s)) return depthwise_blocks(s, x, packed, out, range);
+        if (takes_bf16(s)) return depthwise_bf16(s, x, packed, out, range);
     }
 #endif
     if (s.dilation_w == 1 && (s.stride_w == 1 || s.stride_w == 2)) {

@@ -64,7 +64,7 @@ CVFAST_INLINE void store_two(BFloat16* p, Vec low, Vec high) {
     _mm512_storeu_si512(p, __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(high, low)));
 }
 
-// Lane by lane a number of each.
+// Their lanes in turn: even 0, odd 0, even 1, ...
 CVFAST_INLINE __m512i narrow_pairs(Vec evens, Vec odds) {
     const __m512i halves = __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(odds, evens));
     const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

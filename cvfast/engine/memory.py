@@ -4,9 +4,10 @@ arena whose memory is used again."""
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from types import MappingProxyType
 
 import torch
 
@@ -177,30 +178,42 @@ class Arena:
 
 
 _ATTEMPTS = 8
-"""Orders that :func:`pack` tries."""
+"""Orders that :func:`pack` tries beside the first."""
 
 
-def pack(lives: Sequence[Lifetime], alignment: int = ALIGNMENT) -> Arena:
+def pack(
+    lives: Sequence[Lifetime],
+    alignment: int = ALIGNMENT,
+    given: Mapping[Image, int] = MappingProxyType({}),
+) -> Arena:
     """Offsets such that no two images share memory while both live: the largest first, each at the
     lowest place that is free throughout its life (Pisarchyk and Lee, 2020, greedy by size). While
-    that takes more than the busiest step, the one that ends highest is placed first of all."""
+    that takes more than the busiest step, the one that ends highest is placed first of all. Images
+    that are ``given`` stay at these offsets."""
     bound = lower_bound([replace(v, bytes=_aligned(v.bytes, alignment)) for v in lives])
-    order = sorted(lives, key=lambda v: (-v.bytes, v.first))
-    best = _first_fit(order, alignment)
-    arena = best
+    free = [v for v in lives if v.image not in given]
+    order = sorted(free, key=lambda v: (-v.bytes, v.first))
+    there = [v for v in lives if v.image in given]
+    best = arena = _first_fit(order, alignment, there, given)
     for _ in range(_ATTEMPTS):
-        if best.bytes == bound:
+        if best.bytes == bound or not order:
             break
         highest = max(order, key=lambda v: arena.offsets[v.image] + v.bytes)
         order.remove(highest)
         order.insert(0, highest)
-        arena = _first_fit(order, alignment)
+        arena = _first_fit(order, alignment, there, given)
         best = min(best, arena, key=lambda a: a.bytes)
     return best
 
 
-def _first_fit(order: Sequence[Lifetime], alignment: int) -> Arena:
-    placed: list[tuple[int, int, Lifetime]] = []  # by offset
+def _first_fit(
+    order: Sequence[Lifetime],
+    alignment: int,
+    there: Sequence[Lifetime],
+    offsets_there: Mapping[Image, int],
+) -> Arena:
+    begins = sorted(((offsets_there[v.image], v) for v in there), key=itemgetter(0))
+    placed = [(begin, begin + _aligned(v.bytes, alignment), v) for begin, v in begins]
     for life in order:
         size, offset = _aligned(life.bytes, alignment), 0
         for begin, end, other in placed:

@@ -128,17 +128,24 @@ class Plan(ArenaPlan):
             max(least, memory.largest_gap(self.lives, self.arena, step))
             for step in range(len(self.graph.nodes))
         ]
-        # How much scratch memory the steps need is known when they are recorded; then images may
-        # have to move for it.
-        sizes = self._append_calls(most_scratch)
-        scratch = [memory.scratch_lifetime(step, size) for step, size in enumerate(sizes)]
-        images, self.lives = self.arena, [*self.lives, *scratch]
-        self.arena = memory.pack(self.lives)
-        if any(self.arena.offsets[image] != offset for image, offset in images.offsets.items()):
+        try:
+            # How much scratch memory steps need is known once they are recorded.
+            sizes = self._append_calls(most_scratch)
+            scratch = [memory.scratch_lifetime(step, size) for step, size in enumerate(sizes)]
+            images, self.lives = self.arena, [*self.lives, *scratch]
+            stay = memory.pack(self.lives, given=images.offsets)
+            move = memory.pack(self.lives)
+            self.arena = stay if stay.bytes <= move.bytes else move
+            if self.arena is move:
+                ops.plan_abandon()
+                if self._append_calls(most_scratch) != sizes:
+                    raise RuntimeError("cvfast: kernels asked for other scratch memory than before")
+            phases = stages.order(self.stages)
+            places = [self.arena.offsets[scratch[step].image] for step, _ in phases]
+            number: int = ops.plan_finish(self.arena.bytes, places)
+        except BaseException:
             ops.plan_abandon()
-            self._append_calls(most_scratch)
-        places = [self.arena.offsets[scratch[step].image] for step, _ in stages.order(self.stages)]
-        number: int = ops.plan_finish(self.arena.bytes, places)
+            raise
         return number
 
     def _append_calls(self, most_scratch: Sequence[int]) -> list[int]:
@@ -162,16 +169,12 @@ class Plan(ArenaPlan):
             return whole.as_strided((len(images), *image.shape[1:]), strides, first)
 
         ops.plan_record(base, externals, self.threads)
-        try:
-            sizes = [0] * len(self.graph.nodes)
-            for step, group in stages.order(self.stages):
-                ops.plan_limit_scratch(most_scratch[step])
-                for call in self.graph.nodes[step].calls(partial(tensor, group=group)):
-                    call()  # appends itself
-                sizes[step] = max(sizes[step], ops.plan_barrier())
-        except BaseException:
-            ops.plan_abandon()
-            raise
+        sizes = [0] * len(self.graph.nodes)
+        for step, group in stages.order(self.stages):
+            ops.plan_limit_scratch(most_scratch[step])
+            for call in self.graph.nodes[step].calls(partial(tensor, group=group)):
+                call()  # appends itself
+            sizes[step] = max(sizes[step], ops.plan_barrier())
         return sizes
 
     def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

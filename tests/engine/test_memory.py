@@ -44,15 +44,21 @@ def test_no_two_images_that_live_at_once_overlap(drawn: list[tuple[int, int, int
     assert arena.bytes >= memory.lower_bound(lives)
     there = [v for v in lives if v.first <= 4 <= v.last]
     gap = memory.largest_gap(lives, arena, 4)
-    fits = [
-        begin
-        for begin in range(0, arena.bytes - gap + 1, memory.ALIGNMENT)
-        if all(
-            begin + gap <= arena.offsets[v.image] or arena.offsets[v.image] + v.bytes <= begin
-            for v in there
+
+    def fits(size: int) -> bool:
+        return any(
+            all(
+                begin + size <= arena.offsets[v.image] or arena.offsets[v.image] + v.bytes <= begin
+                for v in there
+            )
+            for begin in range(0, arena.bytes - size + 1, memory.ALIGNMENT)
         )
-    ]
-    assert fits
+
+    assert fits(gap) and not fits(gap + memory.ALIGNMENT)
+    scratch = memory.scratch_lifetime(4, gap)
+    stay = memory.pack([*lives, scratch], given=arena.offsets)
+    assert stay.bytes == arena.bytes
+    assert {v.image: stay.offsets[v.image] for v in lives} == arena.offsets
 
 
 def test_images_move_for_what_ends_highest() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -282,6 +283,33 @@ def test_scratch_memory_is_what_images_leave_free_where_blocks_can_be_smaller(
         arenas.append(fast.report.execution.arena_bytes)
     torch.testing.assert_close(*results, rtol=0, atol=0)
     assert arenas[0] < arenas[1]
+
+
+def test_images_that_move_for_scratch_memory_are_computed_where_they_went(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = image((2, 24, 11, 13))
+    expected, found = torch.empty_like(x), torch.empty_like(x)
+    stayed = Plan(residual_graph("winograd_f4", torch.float32, read_later=False), 3)
+    stayed.run([x], [expected])
+
+    real = memory.pack
+
+    def pack(lives: list[memory.Lifetime], alignment: int = 64, given: object = None) -> object:
+        """64 bytes higher than before once scratch memory is known, and larger if none may move."""
+        arena = real(lives, alignment)
+        if given is not None:
+            return replace(arena, bytes=arena.bytes + 4096)
+        scratch = any(v.image.dtype is torch.uint8 for v in lives)
+        up = 64 if scratch else 0
+        offsets = {image: offset + up for image, offset in arena.offsets.items()}
+        return replace(arena, bytes=arena.bytes + up, offsets=offsets)
+
+    monkeypatch.setattr(memory, "pack", pack)
+    moved = Plan(residual_graph("winograd_f4", torch.float32, read_later=False), 3)
+    moved.run([x], [found])
+    assert min(moved.arena.offsets.values()) == 64
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_runs_under_way_at_once_have_an_arena_each() -> None:

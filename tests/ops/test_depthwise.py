@@ -482,6 +482,29 @@ def test_expanded_images_are_read_without_a_copy() -> None:
     assert torch.equal(y, depthwise(x, weight, bias, padding=1).expand_as(y))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_images_of_one_column_repeated_are_read_in_place(
+    kernel: int, dtype: torch.dtype, level: str
+) -> None:
+    case = Case(channels=40, size=(9, 1), kernel=(kernel, kernel), dtype=dtype)
+    x, weight, bias = case.tensors()
+    wide = x.expand(-1, -1, -1, 11)
+    with isa(level):
+        y = depthwise(wide, weight, bias, padding=1, backend="cpu")
+        assert torch.equal(
+            y,
+            depthwise(
+                wide.contiguous(memory_format=torch.channels_last),
+                weight,
+                bias,
+                padding=1,
+                backend="cpu",
+            ),
+        )
+
+
 X, W, B = torch.zeros(2, 8, 6, 6), torch.zeros(8, 1, 3, 3), torch.zeros(8)
 
 
